@@ -29,8 +29,8 @@ _ATTRIBUTES = {
     "UnsupportedArchitectureError": "errors",
 }
 _MODULES = (
-    "attention", "benchmark", "cost", "data", "errors", "ffn", "generate", "hf", "hybrid", "interactive", "model", "moe",
-    "norm", "notebook", "ops", "position", "presets", "scaling", "ssm", "tokenizer", "train",
+    "attention", "benchmark", "compact", "cost", "data", "errors", "ffn", "generate", "hf", "hybrid", "interactive",
+    "model", "moe", "norm", "notebook", "ops", "position", "presets", "scaling", "ssm", "tokenizer", "train",
 )  # fmt: skip
 __all__ = sorted({*_ATTRIBUTES, *_MODULES})
 

@@ -112,7 +112,8 @@ class Op:
             refusals.append(f"{twin.name}: {reason}")
         if refusals:
             raise KernelUnavailableError(
-                f"kernels({_mode!r}) was asked for, but {self.name} can't run it on these inputs: {'; '.join(refusals)}. "
+                f"kernels({_mode!r}) was asked for, but {self.name} can't run it on these inputs: "
+                f"{'; '.join(refusals)}. "
                 f'Change the inputs so, or use kernels("auto"), which falls back to the reference.'
             )
         return None
