@@ -66,7 +66,8 @@ def _signed_tint():
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     low, high = (to_rgb(colours()[name]) for name in ("orange", "blue"))
-    return LinearSegmentedColormap.from_list("signed", [(*low, 1.0), (*low, 0.0), (*high, 0.0), (*high, 1.0)])
+    stops = [(0, (*low, 1.0)), (0.5, (*low, 0.0)), (0.5, (*high, 0.0)), (1, (*high, 1.0))]
+    return LinearSegmentedColormap.from_list("signed", stops)
 
 
 def heatmap(
@@ -92,9 +93,10 @@ def heatmap(
         image = ax.imshow(matrix.numpy(), vmax=limit, interpolation="none", **scale)
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel if ax is axes[0, 0] else "")
         ax.grid(visible=False)
-        for axis, labels in ((ax.yaxis, rows if ax is axes[0, 0] else None), (ax.xaxis, columns)):
+        for axis, labels in ((ax.yaxis, rows), (ax.xaxis, columns)):
             if labels is not None:
                 axis.set_ticks(range(len(labels)), labels, fontsize=8)
+        ax.tick_params(labelleft=ax is axes[0, 0])
         if columns is not None and max(map(len, columns)) > 2:
             ax.tick_params(axis="x", rotation=90)
     bar = plt.colorbar(image, ax=list(axes[0]), shrink=0.85, pad=0.02)
