@@ -70,9 +70,9 @@ def svg() -> str:
         lambda: notebook.heatmap({"a": torch.eye(4), "b": torch.ones(4, 4)}, list("abcd"), list("abcd")),
         lambda: notebook.heatmap(torch.eye(3) - 0.5, signed=True),
         lambda: notebook.lines([1, 2, 4], {"one": [1, 2, 3], "two": [3, 2, 1]}, xlabel="x", ylabel="y", log="x"),
-        lambda: notebook.diagram({"a": (1, 1, "a", "blue"), "b": (4, 1, "b", "")}, [("a", "b", "to")]),
+        lambda: notebook.boxes({"a": (1, 1, "a", "blue"), "b": (4, 1, "b", "")}, [("a", "b", "to")]),
     ],
-    ids=["heatmaps", "signed", "lines", "diagram"],
+    ids=["heatmaps", "signed", "lines", "boxes"],
 )
 def test_figures_are_the_same_on_every_run_and_have_no_background(draw, monkeypatch):
     monkeypatch.setattr(plt, "show", lambda: None)

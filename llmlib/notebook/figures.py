@@ -133,12 +133,10 @@ def _array(values):
     return values.detach().numpy() if isinstance(values, Tensor) else values
 
 
-def diagram(
-    boxes: Mapping[str, tuple], arrows: Sequence[tuple] = (), *, width: float = 6.4, height: float = 2.4
-) -> None:
+def boxes(parts: Mapping[str, tuple], arrows: Sequence[tuple] = (), *, width: float = 6.4, height: float = 2.4) -> None:
     """Draw labelled boxes and the arrows between them.
 
-    boxes   name → (x, y, text, colour name), the centre in inches from the lower left corner; "" draws the text alone
+    parts   name → (x, y, text, colour name), the centre in inches from the lower left corner; "" draws the text alone
     arrows  (from, to) or (from, to, label), by box name
     """
     import matplotlib.pyplot as plt
@@ -147,12 +145,12 @@ def diagram(
     ax.set(xlim=(0, width), ylim=(0, height), aspect="equal")
     ax.axis("off")
     drawn = {}
-    for name, (x, y, text, colour) in boxes.items():
+    for name, (x, y, text, colour) in parts.items():
         edge = colours()[colour] if colour else "none"
         box = {"boxstyle": "round,pad=0.5", "facecolor": (*_rgb(edge), 0.15) if colour else "none", "edgecolor": edge}
         drawn[name] = ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox=box)
     for start, end, *label in arrows:
-        (x0, y0, *_), (x1, y1, *_) = boxes[start], boxes[end]
+        (x0, y0, *_), (x1, y1, *_) = parts[start], parts[end]
         ax.annotate(
             "", (x1, y1), (x0, y0),
             arrowprops={"arrowstyle": "-|>", "color": colours()["ink"], "patchA": drawn[start].get_bbox_patch(),
