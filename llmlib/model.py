@@ -458,7 +458,7 @@ def linear_cross_entropy(
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-100)
 
 
-def _liger_why_not(x, _weight, _targets) -> str | None:
+def _liger_why_not(x, weight, targets) -> str | None:
     if not x.is_cuda:
         return "it is a GPU kernel, and the input is on the " + x.device.type.upper()
     return None if available("liger_kernel") else "liger-kernel is not installed: pip install liger-kernel"
