@@ -70,6 +70,7 @@ class Op:
     def __init__(self, reference: Callable):
         functools.update_wrapper(self, reference)
         self.name, self.reference, self.twins = reference.__name__, reference, []
+        self.require: Callable | None = None
         OPS[self.name] = self
 
     def __repr__(self) -> str:
@@ -88,7 +89,14 @@ class Op:
 
         return register
 
+    def check(self, function: Callable) -> Callable:
+        """Register the decorated function to run first, with the same arguments: it raises where they don't fit."""
+        self.require = function
+        return function
+
     def __call__(self, *args, **kwargs):
+        if self.require is not None:
+            self.require(*args, **kwargs)
         twin = self.choose(*args, **kwargs)
         if _log is not None:
             _log.append(self.explain(*args, **kwargs))
