@@ -30,6 +30,7 @@ _OP_MODULES = ("norm", "position", "attention", "ffn", "ssm", "moe", "model")
 _found: dict[str, bool] = {}
 _mode = os.environ.get("LLMLIB_KERNELS", "auto")
 _log: "list[Choice] | None" = None
+_meter: Callable | None = None
 
 
 @torch.compiler.assume_constant_result
@@ -97,6 +98,12 @@ class Op:
     def __call__(self, *args, **kwargs):
         if self.require is not None:
             self.require(*args, **kwargs)
+        if _meter is not None:
+            return _meter(self, args, kwargs)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args, **kwargs):
+        """Compute by the kernel that the current mode chooses."""
         twin = self.choose(*args, **kwargs)
         if _log is not None:
             _log.append(self.explain(*args, **kwargs))
@@ -198,6 +205,17 @@ def record() -> Iterator[list[Choice]]:
         yield _log
     finally:
         _log = before
+
+
+@contextlib.contextmanager
+def metered(meter: Callable) -> Iterator[None]:
+    """Hand each op's call to `meter(op, args, kwargs)` inside the block; it computes by `op.run` when it is done."""
+    global _meter
+    before, _meter = _meter, meter
+    try:
+        yield
+    finally:
+        _meter = before
 
 
 @dataclass
