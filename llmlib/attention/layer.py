@@ -1,0 +1,258 @@
+"""Attention as a mixer: projections around the op, rotary positions, and a cache in the layer's state."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from llmlib.attention.cache import CACHES, make_cache
+from llmlib.attention.functional import attention, both
+from llmlib.context import Context
+from llmlib.errors import require
+from llmlib.norm import init_linears_, undecayed
+from llmlib.position import RoPE, rope
+
+
+class Attention(nn.Module):
+    """o_proj(attention(q_proj x, k_proj x, v_proj x)) with any number of key/value heads: MHA, GQA or MQA.
+
+    num_kv_heads      heads of keys and values (num_heads: MHA, 1: MQA, between: GQA)
+    head_dim          d_model / num_heads unless given
+    causal            False for an encoder
+    rope_theta        base of the rotary positions, None for none; rope_dim  how much of a head turns (partial RoPE);
+                      rope_interleaved  the paper's layout of pairs; rope_scaling  see `llmlib.position.RoPE`
+    position_bias     spec of a bias on the scores: ALiBi or T5Bias
+    window            a query sees itself and the window − 1 tokens before; the cache is a ring of that size
+    bias              biases of q_proj, k_proj, v_proj: all, none, or the names of those that have one;
+                      out_bias  bias of o_proj, like `bias` unless given
+    qk_norm           spec of a norm on queries and keys before RoPE (arXiv:2010.04245); qk_norm_over  "head" (one gain
+                      for all heads), "each" (a gain per head) or "width" (all heads as one vector, OLMo 2);
+                      qk_norm_after_rope  norm after turning
+    softcap, scale    see `attention`
+    sinks             a learned logit per head that draws weight away (gpt-oss, arXiv:2508.10925)
+    gate              "elementwise" or "head": y ⊙ σ(gate_proj x) before o_proj (arXiv:2505.06708)
+    clip_qkv          clamp queries, keys and values to ± this (OLMo, DBRX)
+    cache             "float" keeps keys and values as they are, "int8" in 8 bits with a scale per token and head
+    kv_name, kv_from  give this layer's keys and values a name, or use those of the layer so named (arXiv:2405.05254)
+    d_out             width of the output, if not d_model
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = True,
+        rope_theta: float | None = None,
+        rope_dim: int | None = None,
+        rope_interleaved: bool = False,
+        rope_scaling: Mapping | None = None,
+        position_bias: Callable[[int], nn.Module] | None = None,
+        window: int | None = None,
+        bias: bool | tuple[str, ...] = False,
+        out_bias: bool | None = None,
+        qk_norm: Callable[..., nn.Module] | None = None,
+        qk_norm_over: str = "head",
+        qk_norm_after_rope: bool = False,
+        softcap: float | None = None,
+        scale: float | None = None,
+        sinks: bool = False,
+        gate: str | None = None,
+        clip_qkv: float | None = None,
+        cache: str = "float",
+        kv_name: str | None = None,
+        kv_from: str | None = None,
+        d_out: int | None = None,
+    ):
+        super().__init__()
+        check_heads(d_model, num_heads, num_kv_heads, head_dim)
+        require(window is None or window >= 1, f"window is {window}, and a query sees at least itself")
+        require(cache in CACHES, f"cache is {cache!r}; choose one of {', '.join(CACHES)}")
+        require(gate in (None, "elementwise", "head"), f"gate is {gate!r}; choose 'elementwise', 'head' or None")
+        require(
+            qk_norm_over in ("head", "each", "width"),
+            f"qk_norm_over is {qk_norm_over!r}; choose 'head', 'each' or 'width'",
+        )
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        self.head_dim = head_dim or d_model // num_heads
+        self.causal, self.window, self.softcap, self.scale = causal, window, softcap, scale
+        self.qk_norm_over, self.qk_norm_after_rope, self.clip_qkv = qk_norm_over, qk_norm_after_rope, clip_qkv
+        self.kv_name, self.kv_from, self.gate = kv_name, kv_from, gate
+        self.rope_interleaved = rope_interleaved
+        self.rope = make_rope(self.head_dim, rope_dim, rope_theta, rope_scaling)
+        self.position_bias = position_bias and position_bias(num_heads)
+        self.cache = make_cache(window if causal else None, cache)
+
+        q_width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        has_bias = {
+            name: bias if isinstance(bias, bool) else name in bias for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        }
+        self.q_proj = nn.Linear(d_model, q_width, bias=has_bias["q_proj"])
+        if kv_from is None:
+            self.k_proj = nn.Linear(self._key_source(d_model), kv_width, bias=has_bias["k_proj"])
+            self.v_proj = nn.Linear(self._key_source(d_model), kv_width, bias=has_bias["v_proj"])
+        self.o_proj = nn.Linear(q_width, d_out or d_model, bias=has_bias["o_proj"] if out_bias is None else out_bias)
+        self.gate_proj = gate and nn.Linear(d_model, q_width if gate == "elementwise" else num_heads, bias=False)
+        self.q_norm = qk_norm and self._make_norm(qk_norm, num_heads)
+        self.k_norm = qk_norm and kv_from is None and self._make_norm(qk_norm, self.num_kv_heads) or None
+        self.sinks = undecayed(torch.zeros(num_heads)) if sinks else None
+        self.reset_parameters()
+
+    def _key_source(self, d_model: int) -> int:
+        return d_model
+
+    def _make_norm(self, norm: Callable[..., nn.Module], heads: int) -> nn.Module:
+        if self.qk_norm_over == "each":
+            return norm(self.head_dim, num_heads=heads)
+        return norm(self.head_dim * (heads if self.qk_norm_over == "width" else 1))
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Weights from N(0, std²), biases and sinks 0."""
+        init_linears_(self, std)
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: dict | None = None, context: Context | None = None
+    ) -> Float[Tensor, "b t d_out"]:
+        context = Context() if context is None else context
+        require(self.causal or state is None, "bidirectional attention reads a text at once and keeps no state")
+        start = 0 if state is None else state.get("length", 0)
+        q = self._heads(x, self.q_proj, self.q_norm, self.num_heads)
+        q, k, v, index = self._keys_values(q, x, start, state, context)
+        y = attention(
+            q, k, v, causal=self.causal and index is None, window=self.window if index is None else None,
+            mask=self._mask(context, index, start, q.shape[2], k.shape[2]), bias=self._bias(index, start, q, k),
+            sinks=self.sinks, softcap=self.softcap, scale=self.scale,
+        )  # fmt: skip
+        y = y.transpose(1, 2)
+        if self.gate is not None:
+            y = y * torch.sigmoid(self.gate_proj(x)).view(*x.shape[:2], self.num_heads, -1)
+        return self.o_proj(y.flatten(2))
+
+    def _heads(self, x: Tensor, proj: nn.Linear, norm: nn.Module | None, heads: int) -> Float[Tensor, "b h t d"]:
+        y = proj(x)
+        if norm is not None and self.qk_norm_over == "width":
+            y = norm(y)
+        if self.clip_qkv is not None:
+            y = y.clamp(-self.clip_qkv, self.clip_qkv)
+        y = y.view(*x.shape[:2], heads, -1)
+        if norm is not None and self.qk_norm_over != "width" and not self.qk_norm_after_rope:
+            y = norm(y)
+        return y.transpose(1, 2)
+
+    def _turn(self, x: Tensor, angles, norm: nn.Module | None) -> Float[Tensor, "b h t d"]:
+        if angles is not None:
+            x = rope(x, *angles, interleaved=self.rope_interleaved)
+        return norm(x) if norm is not None and self.qk_norm_after_rope else x
+
+    def _keys_values(self, q, x, start: int, state: dict | None, context: Context):
+        """(q, k, v, index): queries and keys turned, and where the keys stand if they aren't in order."""
+        t = x.shape[1]
+        angles = None if self.rope is None else self.rope(start, t, context.positions, q)
+        q = self._turn(q, angles, self.q_norm)
+        if self.kv_from is not None:
+            if state is not None:
+                state["length"] = start + t
+            require(
+                ("kv", self.kv_from) in context.shared,
+                f"kv_from={self.kv_from!r}, but no earlier layer of this pass has kv_name={self.kv_from!r}",
+            )
+            return q, *context.shared["kv", self.kv_from]
+        k = self._turn(self._heads(x, self.k_proj, self.k_norm, self.num_kv_heads), angles, self.k_norm)
+        v = self._heads(x, self.v_proj, None, self.num_kv_heads)
+        index = None
+        if state is not None:
+            k, v = self.cache.update(state, k=k, v=v)
+            if self.window is not None and t == 1:
+                index = self.cache.index(start + t, t, k.shape[2], x.device)
+        if self.kv_name is not None:
+            context.shared["kv", self.kv_name] = k, v, index
+        return q, k, v, index
+
+    def _mask(self, context: Context, index, start: int, t: int, s: int) -> Bool[Tensor, "b 1 t s"] | None:
+        at = slice(start + t - s, None) if index is None else index
+        valid = None if context.valid is None else covering(context.valid, start + t, "valid")[:, None, None, at]
+        if context.documents is None:
+            return valid
+        documents = covering(context.documents, start + t, "documents")
+        return both(valid, (documents[:, -t:, None] == documents[:, None, at])[:, None])
+
+    def _bias(self, index, start: int, q: Tensor, k: Tensor) -> Float[Tensor, "h t s"] | None:
+        if self.position_bias is None:
+            return None
+        length, s = start + q.shape[2], k.shape[2]
+        keys = torch.arange(length - s, length, device=q.device) if index is None else index
+        return self.position_bias(torch.arange(start, length, device=q.device), keys)
+
+
+class CrossAttention(Attention):
+    """Queries from x, keys and values from `context.memory`, such as an encoder's output; every query sees all of it.
+
+    d_memory  width of the memory, if not d_model. The options are `Attention`'s; context.shared["memory_valid"] (b m),
+    if there, is False on padding. The state keeps the keys and values of the first call's memory.
+    """
+
+    def __init__(self, d_model: int, *, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None,
+                 d_memory: int | None = None, bias: bool | tuple[str, ...] = False, out_bias: bool | None = None,
+                 qk_norm: Callable[..., nn.Module] | None = None, softcap: float | None = None,
+                 scale: float | None = None, gate: str | None = None):  # fmt: skip
+        self.d_memory = d_memory or d_model
+        super().__init__(
+            d_model, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, causal=False, bias=bias,
+            out_bias=out_bias, qk_norm=qk_norm, softcap=softcap, scale=scale, gate=gate,
+        )  # fmt: skip
+
+    def _key_source(self, d_model: int) -> int:
+        return self.d_memory
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: dict | None = None, context: Context | None = None
+    ) -> Float[Tensor, "b t d"]:
+        memory = context and context.memory
+        require(memory is not None, "cross-attention needs context.memory: pass the encoder's output")
+        if state is None or "k" not in state:
+            k = self._heads(memory, self.k_proj, self.k_norm, self.num_kv_heads)
+            v = self._heads(memory, self.v_proj, None, self.num_kv_heads)
+            if state is not None:
+                state |= {"k": k, "v": v}
+        else:
+            k, v = state["k"], state["v"]
+        q = self._heads(x, self.q_proj, self.q_norm, self.num_heads)
+        valid = context.shared.get("memory_valid")
+        mask = None if valid is None else valid[:, None, None]
+        y = attention(q, k, v, causal=False, mask=mask, softcap=self.softcap, scale=self.scale).transpose(1, 2)
+        if self.gate is not None:
+            y = y * torch.sigmoid(self.gate_proj(x)).view(*x.shape[:2], self.num_heads, -1)
+        return self.o_proj(y.flatten(2))
+
+
+def check_heads(d_model: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> None:
+    """ConfigError unless the heads divide."""
+    require(num_heads >= 1, f"num_heads is {num_heads}, and must be at least 1")
+    require(
+        head_dim is not None or d_model % num_heads == 0,
+        f"d_model = {d_model} doesn't divide into num_heads = {num_heads}: change one, or give head_dim",
+    )
+    require(
+        num_kv_heads is None or (num_kv_heads >= 1 and num_heads % num_kv_heads == 0),
+        f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}",
+    )
+
+
+def make_rope(head_dim: int, rope_dim: int | None, theta: float | None, scaling: Mapping | None) -> RoPE | None:
+    """The rotary positions of heads of this width, or None without a theta."""
+    if theta is None:
+        require(scaling is None, "rope_scaling is given without rope_theta, the base that it scales")
+        return None
+    require(rope_dim is None or rope_dim <= head_dim, f"rope_dim = {rope_dim} is wider than head_dim = {head_dim}")
+    return RoPE(rope_dim or head_dim, theta, scaling)
+
+
+def covering(known: Tensor, length: int, name: str) -> Int[Tensor, "b s"] | Bool[Tensor, "b s"]:
+    """`known`, if it covers the cached and the new tokens together."""
+    require(known.shape[1] == length, f"context.{name} covers {known.shape[1]} tokens; cached and new are {length}")
+    return known

@@ -1,0 +1,190 @@
+"""Normalisation: LayerNorm, RMSNorm, DyT, and what goes with them (folding a gain away, DeepNorm's constants)."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llmlib.errors import require
+from llmlib.ops import op
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums over many numbers are done: float32 for the half types, else the type itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@op
+def rms_norm(
+    x: Float[Tensor, "*b d"], weight: Float[Tensor, "... d"] | None = None, *, eps: float = 1e-6
+) -> Float[Tensor, "*b d"]:
+    """y = w · x / √(mean(x²) + ε), over the last axis; the mean is taken in float32 or better.
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+    """
+    wide = x.to(at_least_float32(x.dtype))
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * weight).to(x.dtype)
+
+
+@op
+def layer_norm(
+    x: Float[Tensor, "*b d"],
+    weight: Float[Tensor, "... d"] | None = None,
+    bias: Float[Tensor, "... d"] | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Float[Tensor, "*b d"]:
+    """y = w · (x − mean(x)) / √(var(x) + ε) + b, over the last axis; mean and variance in float32 or better.
+
+    Ba, Kiros and Hinton, "Layer Normalization", arXiv:1607.06450.
+    """
+    wide = x.to(at_least_float32(x.dtype))
+    centred = wide - wide.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _torch_why_not(x, weight=None, bias=None, *, eps=None) -> str | None:
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and (p.dtype is not x.dtype or p.ndim != 1):
+            return f"x is {x.dtype} with one row of gains, but the {name} is {p.dtype} with shape {tuple(p.shape)}"
+    return None
+
+
+@rms_norm.twin("torch", _torch_why_not, measured="CPU")
+def _torch_rms_norm(x, weight=None, *, eps=1e-6):
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+@layer_norm.twin("torch", _torch_why_not, measured="CPU")
+def _torch_layer_norm(x, weight=None, bias=None, *, eps=1e-5):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def undecayed(value: Tensor) -> nn.Parameter:
+    """A parameter that weight decay leaves alone: a gain, a bias, a sink."""
+    parameter = nn.Parameter(value)
+    parameter.no_weight_decay = True
+    return parameter
+
+
+def init_linears_(module: nn.Module, std: float) -> None:
+    """Fill the linear maps in `module`: weights from N(0, std²), biases 0 and free of weight decay."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, 0, std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+                part.bias.no_weight_decay = True
+
+
+class RMSNorm(nn.Module):
+    """y = w · x / √(mean(x²) + ε)  (arXiv:1910.07467).
+
+    weight       False leaves out the gain w
+    unit_offset  the gain is 1 + w with w starting at 0 (Gemma), so that weight decay pulls the gain to 1
+    num_heads    one gain for each head: x is (… h d) and w is (h d)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-6,
+        weight: bool = True,
+        unit_offset: bool = False,
+        num_heads: int | None = None,
+    ):
+        super().__init__()
+        self.eps, self.unit_offset = eps, unit_offset
+        shape = (dim,) if num_heads is None else (num_heads, dim)
+        self.weight = undecayed(torch.zeros(shape) if unit_offset else torch.ones(shape)) if weight else None
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        # 1 + w is formed in float32: in bfloat16 it would round w to steps of 1/128
+        gain = 1 + self.weight.to(at_least_float32(x.dtype)) if self.unit_offset else self.weight
+        return rms_norm(x, gain, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}" + (", unit_offset=True" if self.unit_offset else "")
+
+
+class LayerNorm(nn.Module):
+    """y = w · (x − mean(x)) / √(var(x) + ε) + b  (arXiv:1607.06450).
+
+    weight, bias  False leaves out w or b (OLMo has neither, Cohere no b)
+    num_heads     one w and b for each head: x is (… h d), w and b are (h d)
+    """
+
+    def __init__(
+        self, dim: int, *, eps: float = 1e-5, weight: bool = True, bias: bool = True, num_heads: int | None = None
+    ):
+        super().__init__()
+        self.eps = eps
+        shape = (dim,) if num_heads is None else (num_heads, dim)
+        self.weight = undecayed(torch.ones(shape)) if weight else None
+        self.bias = undecayed(torch.zeros(shape)) if bias else None
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+class DyT(nn.Module):
+    """Dynamic Tanh, a stand-in for a norm that averages nothing: y = w · tanh(α x) + b, α one learned number.
+
+    Zhu et al., "Transformers without Normalization", arXiv:2503.10622. `alpha` is where α starts.
+    """
+
+    def __init__(self, dim: int, *, alpha: float = 0.5):
+        super().__init__()
+        self.alpha = undecayed(torch.full((1,), alpha))
+        self.weight, self.bias = undecayed(torch.ones(dim)), undecayed(torch.zeros(dim))
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return self.weight * torch.tanh(self.alpha * x) + self.bias
+
+
+@torch.no_grad()
+def fold_gain_(norm: RMSNorm | LayerNorm, linears: Iterable[nn.Linear]) -> None:
+    """Move a norm's gain w and bias b into every linear map that reads it, in place; the norm keeps 1 and 0.
+
+    W (w ⊙ x̂ + b) + c = (W diag(w)) x̂ + (W b + c), so a norm's gain costs nothing at inference.
+    `linears` must be all that reads the norm. ConfigError when b ≠ 0 meets a linear map without a bias.
+    """
+    if norm.weight is None:
+        return
+    gain = 1 + norm.weight if getattr(norm, "unit_offset", False) else norm.weight
+    bias = getattr(norm, "bias", None)
+    for linear in linears:
+        if bias is not None and bias.any():
+            require(linear.bias is not None, "the norm has a bias, and a linear map that reads it has none")
+            linear.bias += linear.weight @ bias
+        linear.weight *= gain
+    norm.weight.fill_(0 if getattr(norm, "unit_offset", False) else 1)
+    if bias is not None:
+        bias.zero_()
+
+
+def deepnorm(num_layers: int, *, encoder_layers: int = 0) -> tuple[float, float]:
+    """DeepNorm's (α, β) for `num_layers` decoder-only or encoder-only layers: α = (2N)^¼, β = (8N)^−¼.
+
+    The residual is norm(α x + f(x)), and the initial weights of the feed-forward, values and output are scaled by β.
+    With `encoder_layers` > 0 they are those of a decoder over an encoder: α = (3N)^¼, β = (12N)^−¼.
+    Wang et al., "DeepNet: Scaling Transformers to 1,000 Layers", arXiv:2203.00555, table 2 (see `deepnorm_encoder`).
+    """
+    require(num_layers >= 1, f"num_layers is {num_layers}, and must be at least 1")
+    n = 3 * num_layers if encoder_layers else 2 * num_layers
+    return n**0.25, (4 * n) ** -0.25
+
+
+def deepnorm_encoder(encoder_layers: int, decoder_layers: int) -> tuple[float, float]:
+    """DeepNorm's (α, β) for the encoder under a decoder: α = 0.81 (N⁴M)^(1/16), β = 0.87 (N⁴M)^(−1/16)."""
+    size = (encoder_layers**4 * decoder_layers) ** (1 / 16)
+    return 0.81 * size, 0.87 / size
