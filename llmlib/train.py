@@ -243,7 +243,7 @@ def _step(model, data, optimizer, scaler, dtype, clip, step) -> tuple[float, flo
         _require_finite("gradient", norm, step, optimizer)
     scaler.step(optimizer)
     scaler.update()
-    return loss.item(), float(auxiliary), norm
+    return loss.item(), torch.as_tensor(auxiliary).item(), norm
 
 
 def _require_finite(what: str, value: float, step: int, optimizer) -> None:
