@@ -83,7 +83,7 @@ def model_table(columns: Mapping[str, Callable], where: Callable = bool, *, capt
     """
     from llmlib import presets
 
-    models = {name: config for name, config in presets.PRESETS.items() if where(config)}
+    models = {name: presets.get(name) for name in presets.names() if where(presets.get(name))}
     rows = [{"model": name} | {title: read(config) for title, read in columns.items()}
             for name, config in models.items()]  # fmt: skip
     table(rows, caption=caption)
