@@ -50,7 +50,7 @@ def generate(
 ) -> Int[Tensor, "b total"] | list[Tensor]:
     """Continue each prompt by `max_new_tokens`, keeping the model's state so that each token is read once.
 
-    model   has `new_state()`, `hidden(tokens, state, valid=…)`, `logits(hidden)`, `config.vocab_size`
+    model   has `new_state(reserve)`, `hidden(tokens, state, valid=…)`, `logits(hidden)`, `config.vocab_size`
     tokens  (b t), or a list of prompts of any lengths, which are padded on the left and come back as a list
     stop    a token that ends a sequence; what follows it repeats it, and a list is cut after it
     stream  is called with each new column of tokens (b)
@@ -62,7 +62,11 @@ def generate(
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     b, t = prompts.shape
     out = torch.cat([prompts, prompts.new_zeros(b, max_new_tokens)], 1)
-    state, done, was_training = model.new_state(), torch.zeros(b, dtype=torch.bool, device=device), model.training
+    state, done, was_training = (
+        model.new_state(t + max_new_tokens),
+        torch.zeros(b, dtype=torch.bool, device=device),
+        model.training,
+    )
     model.eval()
     try:
         new = prompts

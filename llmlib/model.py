@@ -225,10 +225,13 @@ def _build(cls, data: dict, where: str):
 
 
 class State(list):
-    """What a model keeps between calls: one dict for each layer, and `length`, the number of tokens seen so far."""
+    """What a model keeps between calls: one dict for each layer, and `length`, the number of tokens seen so far.
 
-    def __init__(self, num_layers: int):
-        super().__init__({} for _ in range(num_layers))
+    reserve  tokens that caches make room for at once, when it is known how many will come
+    """
+
+    def __init__(self, num_layers: int, reserve: int = 0):
+        super().__init__({"reserve": reserve} if reserve else {} for _ in range(num_layers))
         self.length = 0
 
 
@@ -259,7 +262,8 @@ class Block(nn.Module):
         if self.mixer is not None:
             x = self._sublayer(x, self.mixer, self.mixer_norm, self.mixer_post_norm, state, context)
         if self.cross is not None:
-            x = self._sublayer(x, self.cross, self.cross_norm, self.cross_post_norm, None, context)
+            source = None if state is None else state.setdefault("cross", {})
+            x = self._sublayer(x, self.cross, self.cross_norm, self.cross_post_norm, source, context)
         if self.ffn is not None:
             x = self._sublayer(x, self.ffn, self.ffn_norm, self.ffn_post_norm)
         return x
@@ -325,9 +329,9 @@ class Backbone(nn.Module):
                 if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight")):
                     weight.div_(math.sqrt(max(sublayers, 1)))
 
-    def new_state(self) -> State:
-        """An empty state: pass it to every call to decode with caches."""
-        return State(len(self.layers))
+    def new_state(self, reserve: int = 0) -> State:
+        """An empty state: pass it to every call to decode with caches. `reserve` makes room for so many tokens."""
+        return State(len(self.layers), reserve)
 
     def forward(
         self,

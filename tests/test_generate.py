@@ -97,6 +97,8 @@ def test_stop_ends_a_sequence(model):
         end = 25 if at is None else 5 + at
         assert torch.equal(row[:end], before[:end])
         assert (row[end:] == stop).all()
+    alone = model.generate(prompts()[:1], 20, stop=stop)[0]
+    assert torch.equal(alone, stopped[0])
     as_list = model.generate([p.tolist() for p in prompts()], 20, stop=stop)
     assert [len(row) for row in as_list] == [25 if at is None else 6 + at for at in first]
 

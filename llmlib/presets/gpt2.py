@@ -21,7 +21,7 @@ def gpt2(
     )
     return ModelConfig(
         vocab_size=vocab_size, d_model=d_model, layers=num_layers * (layer,), norm=spec(LayerNorm, eps=1e-5),
-        position=spec(LearnedPosition, max_len=max_seq_len), tie_embeddings=True, max_seq_len=max_seq_len,
+        position=spec(LearnedPosition, max_positions=max_seq_len), tie_embeddings=True, max_seq_len=max_seq_len,
     )  # fmt: skip
 
 
