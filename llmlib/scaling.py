@@ -448,8 +448,8 @@ def approach2(N, D, loss, *, tolerance: float = 0.1) -> Allocation:
                 found.append((np.exp(np.log(C[group]).mean()), n_best, lowest))
     if len(found) < 2:
         raise ValueError(
-            f"approach 2 needs 2 budgets with 3 or more sizes around a minimum, found {len(found)} of {len(groups)}: add "
-            "smaller and larger models at each budget"
+            f"approach 2 needs 2 budgets with 3 or more sizes around a minimum, found {len(found)} of {len(groups)}: "
+            "add smaller and larger models at each budget"
         )
     budget, n_best, lowest = np.array(found).T
     return Allocation(fit_power_law(budget, n_best), fit_power_law(budget, budget / (6 * n_best)), lowest)
@@ -734,7 +734,8 @@ class TransformerShape(NamedTuple):
 def training_flops(config, tokens, counting: str = "palm"):
     """FLOPs to train on `tokens`: forward, and twice as much backward.
 
-    config: a number N, a `TransformerShape`, or a `ModelConfig` (counted by `llmlib.cost`, exact for any mixer).
+    config: a number N, a `TransformerShape`, or a `ModelConfig` (counted by `llmlib.cost` on texts of max_seq_len, or
+    2048 tokens where that isn't given: exact for any mixer).
     counting, for a `TransformerShape` of L layers, H heads of width Q, context T:
       "6ND"         6·N per token
       "palm"        6·N + 12·L·H·Q·T per token (Chowdhery et al., arXiv 2204.02311, appendix B)
@@ -748,7 +749,8 @@ def training_flops(config, tokens, counting: str = "palm"):
     if not isinstance(config, TransformerShape):
         from llmlib import cost
 
-        return 3 * cost.flops_per_token(config) * _positive("tokens", tokens)
+        context = config.max_seq_len or 2048
+        return 3 * cost.flops(config, context).total / context * _positive("tokens", tokens)
     per_token = {
         "6ND": lambda s: 6 * s.parameters,
         "palm": lambda s: 6 * s.parameters + 12 * s.num_layers * s.num_heads * s.head_dim * s.context,
@@ -846,3 +848,49 @@ def published_models() -> list[PublishedModel]:
             )
             for row in csv.DictReader(file)
         ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the book's experiment
+
+
+def byte_model(d_model: int, num_layers: int):
+    """The config of the experiment's models: a byte-level decoder with RMSNorm, RoPE and a GELU MLP of 4·d_model."""
+    from llmlib.attention import Attention
+    from llmlib.ffn import MLP
+    from llmlib.model import Layer, ModelConfig, spec
+    from llmlib.norm import RMSNorm
+
+    mixer = spec(Attention, num_heads=max(1, d_model // 8), rope_theta=1e4)
+    layer = Layer(mixer, spec(MLP, d_ff=4 * d_model, bias=False))
+    return ModelConfig(vocab_size=256, d_model=d_model, layers=num_layers * (layer,), norm=spec(RMSNorm))
+
+
+def byte_run(d_model: int, num_layers: int, flops: float, *, seed: int = 0, lr_factor: float = 1.0) -> dict:
+    """Train one model of the experiment with a budget of FLOPs, and measure its loss on files that it hasn't seen.
+
+    N leaves the input embedding out (no products there) and has the head in; one token costs 6N + 6·L·T·d FLOPs, T = 64
+    (half of PaLM's 12: the mask). Learning rate min(.02, .02·(N/6e4)^−.7), flat, then a line to zero over the last 40 %.
+    """
+    import torch
+
+    from llmlib.data import standard_library
+    from llmlib.model import CausalLM
+    from llmlib.train import evaluate, train
+
+    batch, time, corpus = 16, 64, standard_library()
+    torch.manual_seed(seed)
+    model = CausalLM(byte_model(d_model, num_layers))
+    N = model.num_parameters() - model.embedding.weight.numel()
+    per_token = 6 * N + 6 * num_layers * time * d_model
+    steps = round(flops / per_token / (batch * time))
+    rate = lr_factor * min(0.02, 0.02 * (N / 6e4) ** -0.7)
+    train(
+        model, corpus, steps=steps, batch_size=batch, time=time, learning_rate=rate, warmup=min(100, steps // 10),
+        schedule="trapezoid", floor=0.0, seed=seed, progress=False,
+    )  # fmt: skip
+    loss = evaluate(model, corpus.validation, batch_size=64, time=time, windows=2048)
+    D = steps * batch * time
+    return {
+        "d_model": d_model, "num_layers": num_layers, "budget": flops, "seed": seed, "lr_factor": lr_factor,
+        "N": N, "D": D, "C": per_token * D, "loss": loss,
+    }  # fmt: skip

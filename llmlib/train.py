@@ -17,7 +17,7 @@ from llmlib.data import IGNORED, Batch, Corpus, Split, batch, evaluation_batches
 from llmlib.errors import TrainingError, require
 
 Task = Callable[[int], Batch | tuple]
-SCHEDULES = ("constant", "cosine", "linear")
+SCHEDULES = ("constant", "cosine", "linear", "trapezoid")
 
 
 @dataclass
@@ -42,11 +42,17 @@ def learning_rate_at(
     """The learning rate of `step` (from 0): a linear warm-up to `peak`, then the schedule, down to floor · peak.
 
     constant: stays at the peak        cosine: half a cosine (1608.03983)        linear: a straight line
+    trapezoid: at the peak for three fifths, then a straight line (2405.18392)
     """
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)
-    remaining = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}[schedule]
+    remaining = {
+        "constant": 1.0,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "linear": 1 - progress,
+        "trapezoid": min(1.0, (1 - progress) / 0.4),
+    }[schedule]
     return peak * (floor + (1 - floor) * remaining)
 
 

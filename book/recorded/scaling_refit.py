@@ -3,7 +3,7 @@
     python book/recorded/scaling_refit.py svg_extracted_data.csv
 
 The points belong to github.com/epoch-research/analyzing-chinchilla (data/svg_extracted_data.csv) and are not part of
-this repository; the constants found here, and those of 300 resamples, are. N and 6ND are the file's columns "Model Size"
+this repository; the constants found here, and those of 300 resamples, are. N and 6ND are its columns "Model Size"
 and "Training FLOP"; like Besiroglu et al., the 5 runs of greatest loss are left out.
 """
 
