@@ -421,14 +421,16 @@ def fit_power_law(C, y) -> PowerLaw:
 
 def approach1(N, D, loss, *, bins: int = 30) -> Allocation:
     """Hoffmann's approach 1: pool the points of many training curves, keep in each of `bins` log-spaced intervals of
-    C = 6ND the point of least loss (the envelope), and fit N and D as powers of C. Only points whose loss is below
-    that of every smaller budget belong to the envelope."""
+    C = 6ND the point of least loss (the envelope), and fit N and D as powers of C. Left out are points that are
+    no better than a smaller budget's, and winners of the smallest or largest size, which a still smaller or larger one
+    might beat."""
     N, D, loss = _checked_runs(N, D, loss)
     C = 6 * N * D
     edges = np.geomspace(C.min(), C.max() * (1 + 1e-12), bins + 1)
     bin_of = np.clip(np.searchsorted(edges, C, side="right") - 1, 0, bins - 1)
     lowest = [where[np.argmin(loss[where])] for k in range(bins) if (where := np.flatnonzero(bin_of == k)).size]
-    envelope = [i for n, i in enumerate(lowest) if n == 0 or loss[i] < loss[lowest[:n]].min()]
+    better = [i for n, i in enumerate(lowest) if n == 0 or loss[i] < loss[lowest[:n]].min()]
+    envelope = [i for i in better if N.min() < N[i] < N.max()]
     return Allocation(fit_power_law(C[envelope], N[envelope]), fit_power_law(C[envelope], D[envelope]), loss[envelope])
 
 
@@ -869,7 +871,7 @@ def byte_run(d_model: int, num_layers: int, flops: float, *, seed: int = 0, lr_f
     """Train one model of the experiment with a budget of FLOPs, and measure its loss on files that it hasn't seen.
 
     N leaves the input embedding out (no products there) and has the head in; one token costs 6N + 6·L·T·d FLOPs, T = 64
-    (half of PaLM's 12: the mask). Learning rate min(.02, .02·(N/6e4)^−.7), flat, then a line to zero over the last 40 %.
+    (half of PaLM's 12: the mask). Learning rate min(.02, .02·(N/6e4)^−.7), flat, then a line to 0 over the last 40 %.
     """
     import torch
 
