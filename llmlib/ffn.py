@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmlib.errors import require
 from llmlib.norm import init_linears_
-from llmlib.ops import op
+from llmlib.ops import available, op
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -50,6 +50,69 @@ def glu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"], activation: str 
     Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
     """
     return ACTIVATIONS[activation](gate) * up
+
+
+def _recompute_why_not(gate, up, activation="silu") -> str | None:
+    return None if activation == "silu" else f"its gradient is written for silu, not for {activation}"
+
+
+@glu.twin("recompute", _recompute_why_not, auto=False)
+def _recomputed(gate, up, activation="silu"):
+    return RecomputedSwiGLU.apply(gate, up)
+
+
+class RecomputedSwiGLU(torch.autograd.Function):
+    """silu(g) ⊙ u that keeps g and u for the backward and makes silu(g) again: two tensors in place of three."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, dy):
+        """silu(g) = g σ(g), so d silu/dg = σ (1 + g (1 − σ))."""
+        gate, up = ctx.saved_tensors
+        sigma = torch.sigmoid(gate)
+        return dy * up * sigma * (1 + gate * (1 - sigma)), dy * gate * sigma
+
+
+def _liger_why_not(gate, up, activation="silu") -> str | None:
+    if not gate.is_cuda:
+        return "it is a GPU kernel, and the input is on the " + gate.device.type.upper()
+    if activation not in ("silu", "gelu_tanh"):
+        return f"it has silu and gelu_tanh, not {activation}"
+    return None if available("liger_kernel") else "liger-kernel is not installed: pip install liger-kernel"
+
+
+@glu.twin("liger", _liger_why_not)
+def _liger_glu(gate, up, activation="silu"):
+    if activation == "silu":
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction as Fused
+    else:
+        from liger_kernel.ops.geglu import LigerGELUMulFunction as Fused
+    return Fused.apply(gate, up)
+
+
+@op
+def clamped_swiglu(
+    gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"], alpha: float = 1.702, limit: float = 7.0
+) -> Float[Tensor, "*b f"]:
+    """g σ(α g) ⊙ (u + 1), with g = min(gate, limit) and u = up held within ± limit.
+
+    The feed-forward of gpt-oss, arXiv:2508.10925.
+    """
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def glu_width(d_model: int, *, multiple_of: int = 256, multiplier: float = 1.0) -> int:
+    """Llama's width of a GLU: ⌊8/3 d_model⌋ · multiplier, rounded up to a multiple of `multiple_of`.
+
+    Three matrices of width 8/3 d hold as many numbers as two of width 4 d: 3 · (8/3) = 2 · 4.
+    """
+    width = int(multiplier * (8 * d_model // 3))
+    return multiple_of * -(-width // multiple_of)
 
 
 class MLP(nn.Module):
@@ -118,3 +181,15 @@ class ReGLU(GLU):
 
     def __init__(self, d_model: int, *, d_ff: int, bias: bool = False):
         super().__init__(d_model, d_ff=d_ff, activation="relu", bias=bias)
+
+
+class ClampedSwiGLU(GLU):
+    """The GLU of gpt-oss: see `clamped_swiglu`."""
+
+    def __init__(self, d_model: int, *, d_ff: int, alpha: float = 1.702, limit: float = 7.0, bias: bool = False):
+        super().__init__(d_model, d_ff=d_ff, activation="silu", bias=bias)
+        require(limit > 0, f"limit is {limit}, and must be above 0")
+        self.alpha, self.limit = alpha, limit
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return self.down_proj(clamped_swiglu(self.gate_proj(x), self.up_proj(x), self.alpha, self.limit))

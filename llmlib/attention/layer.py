@@ -10,7 +10,7 @@ from llmlib.attention.cache import CACHES, make_cache
 from llmlib.attention.functional import attention, both
 from llmlib.context import Context
 from llmlib.errors import require
-from llmlib.norm import init_linears_, undecayed
+from llmlib.norm import at_least_float32, init_linears_, undecayed
 from llmlib.position import RoPE, rope
 
 
@@ -83,6 +83,10 @@ class Attention(nn.Module):
         self.kv_name, self.kv_from, self.gate = kv_name, kv_from, gate
         self.rope_interleaved = rope_interleaved
         self.rope = make_rope(self.head_dim, rope_dim, rope_theta, rope_scaling)
+        require(
+            not (self.rope and self.rope.grows and (kv_name or kv_from)),
+            f"layers can't share keys under {rope_scaling}: its frequencies change as the text grows",
+        )
         self.position_bias = position_bias and position_bias(num_heads)
         self.cache = make_cache(window if causal else None, cache)
 
@@ -125,7 +129,7 @@ class Attention(nn.Module):
         q, k, v, index = self._keys_values(q, x, start, state, context)
         y = attention(
             q, k, v, causal=self.causal and index is None, window=self.window if index is None else None,
-            mask=self._mask(context, index, start, q.shape[2], k.shape[2]), bias=self._bias(index, start, q, k),
+            mask=context_mask(context, index, start, q.shape[2], k.shape[2]), bias=self._bias(index, start, q, k),
             sinks=self.sinks, softcap=self.softcap, scale=self.scale,
         )  # fmt: skip
         y = y.transpose(1, 2)
@@ -144,42 +148,57 @@ class Attention(nn.Module):
             y = norm(y)
         return y.transpose(1, 2)
 
-    def _turn(self, x: Tensor, angles, norm: nn.Module | None) -> Float[Tensor, "b h t d"]:
-        if angles is not None:
-            x = rope(x, *angles, interleaved=self.rope_interleaved)
-        return norm(x) if norm is not None and self.qk_norm_after_rope else x
-
     def _keys_values(self, q, x, start: int, state: dict | None, context: Context):
-        """(q, k, v, index): queries and keys turned, and where the keys stand if they aren't in order."""
-        t = x.shape[1]
-        angles = None if self.rope is None else self.rope(start, t, context.positions, q)
-        q = self._turn(q, angles, self.q_norm)
+        """(q, k, v, index): queries and keys turned, and where the keys stand if they don't come in order."""
         if self.kv_from is not None:
-            if state is not None:
-                state["length"] = start + t
-            require(
-                ("kv", self.kv_from) in context.shared,
-                f"kv_from={self.kv_from!r}, but no earlier layer of this pass has kv_name={self.kv_from!r}",
-            )
-            return q, *context.shared["kv", self.kv_from]
-        k = self._turn(self._heads(x, self.k_proj, self.k_norm, self.num_kv_heads), angles, self.k_norm)
+            return self._borrow(q, start, state, context)
+        t, index = x.shape[1], None
+        k = self._heads(x, self.k_proj, self.k_norm, self.num_kv_heads)
         v = self._heads(x, self.v_proj, None, self.num_kv_heads)
-        index = None
+        if self.rope is not None and self.rope.grows:
+            return self._turn_all(q, k, v, start, state, context)
+        q, k = self._turn(q, k, start, context)
         if state is not None:
             k, v = self.cache.update(state, k=k, v=v)
-            if self.window is not None and t == 1:
-                index = self.cache.index(start + t, t, k.shape[2], x.device)
+            index = self.cache.index(start + t, t, k.shape[2], x.device) if self.window is not None and t == 1 else None
         if self.kv_name is not None:
             context.shared["kv", self.kv_name] = k, v, index
         return q, k, v, index
 
-    def _mask(self, context: Context, index, start: int, t: int, s: int) -> Bool[Tensor, "b 1 t s"] | None:
-        at = slice(start + t - s, None) if index is None else index
-        valid = None if context.valid is None else covering(context.valid, start + t, "valid")[:, None, None, at]
-        if context.documents is None:
-            return valid
-        documents = covering(context.documents, start + t, "documents")
-        return both(valid, (documents[:, -t:, None] == documents[:, None, at])[:, None])
+    def _turn(self, q: Tensor, k: Tensor | None, start: int, context: Context):
+        if self.rope is not None:
+            angles = self.rope(start, q, context)
+            q = rope(q, *angles, interleaved=self.rope_interleaved)
+            k = k if k is None else rope(k, *angles, interleaved=self.rope_interleaved)
+        if self.qk_norm_after_rope:
+            q, k = self.q_norm(q), k if k is None else self.k_norm(k)
+        return q, k
+
+    def _turn_all(self, q, k, v, start: int, state: dict | None, context: Context):
+        """Keys are kept unturned where the frequencies depend on the text's length, and all are turned at each call."""
+        b, t, index = q.shape[0], q.shape[2], None
+        at = context.positions
+        at = torch.arange(start, start + t, device=q.device) if at is None else at
+        kept_at, at = at.expand(b, t)[:, None, :, None], at.expand(b, t)
+        if state is not None:
+            k, v, kept_at = self.cache.update(state, k=k, v=v, at=kept_at)
+            index = self.cache.index(start + t, t, k.shape[2], q.device) if self.window is not None and t == 1 else None
+        dtype, length = at_least_float32(q.dtype), at[:, -1] + 1
+        q = rope(q, *self.rope.angles(at, dtype, length), interleaved=self.rope_interleaved)
+        k = rope(k, *self.rope.angles(kept_at[:, 0, :, 0], dtype, length), interleaved=self.rope_interleaved)
+        if self.qk_norm_after_rope:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v, index
+
+    def _borrow(self, q, start: int, state: dict | None, context: Context):
+        """The keys and values of the layer whose kv_name this layer's kv_from is."""
+        require(
+            ("kv", self.kv_from) in context.shared,
+            f"kv_from={self.kv_from!r}, but no earlier layer of this pass has kv_name={self.kv_from!r}",
+        )
+        if state is not None:
+            state["length"] = start + q.shape[2]
+        return self._turn(q, None, start, context)[0], *context.shared["kv", self.kv_from]
 
     def _bias(self, index, start: int, q: Tensor, k: Tensor) -> Float[Tensor, "h t s"] | None:
         if self.position_bias is None:
@@ -187,6 +206,11 @@ class Attention(nn.Module):
         length, s = start + q.shape[2], k.shape[2]
         keys = torch.arange(length - s, length, device=q.device) if index is None else index
         return self.position_bias(torch.arange(start, length, device=q.device), keys)
+
+    def queries_keys(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b g t d"]]:
+        """The queries and keys of a text, as the scores see them."""
+        q = self._heads(x, self.q_proj, self.q_norm, self.num_heads)
+        return self._keys_values(q, x, 0, None, Context())[:2]
 
 
 class CrossAttention(Attention):
@@ -250,6 +274,18 @@ def make_rope(head_dim: int, rope_dim: int | None, theta: float | None, scaling:
         return None
     require(rope_dim is None or rope_dim <= head_dim, f"rope_dim = {rope_dim} is wider than head_dim = {head_dim}")
     return RoPE(rope_dim or head_dim, theta, scaling)
+
+
+def context_mask(
+    context: Context, index: Int[Tensor, "s"] | None, start: int, t: int, s: int
+) -> Bool[Tensor, "b 1 #t s"] | None:
+    """What the context forbids: padding as keys, and keys of another document. `index` says where the keys stand."""
+    at = slice(start + t - s, None) if index is None else index
+    valid = None if context.valid is None else covering(context.valid, start + t, "valid")[:, None, None, at]
+    if context.documents is None:
+        return valid
+    documents = covering(context.documents, start + t, "documents")
+    return both(valid, (documents[:, -t:, None] == documents[:, None, at])[:, None])
 
 
 def covering(known: Tensor, length: int, name: str) -> Int[Tensor, "b s"] | Bool[Tensor, "b s"]:
