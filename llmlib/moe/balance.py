@@ -1,0 +1,90 @@
+"""Balance: how evenly the experts are used, and three ways to make it so."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from llmlib.moe.routing import Routing
+
+
+def load_balancing_loss(probabilities: Float[Tensor, "*b t E"], counts: Int[Tensor, "*b E"]) -> Float[Tensor, ""]:
+    """E · Σ_e f_e P_e: f_e the share of the rows that expert e got, P_e its mean probability over the tokens.
+
+    It is 1 when all is even, and E when one expert takes all. f has no gradient; through P the router learns to lower
+    the probability of the experts that are busy: ∂/∂P_e = E · f_e. With a leading axis of sequences it is their mean,
+    DeepSeek-V3's balance per sequence; without, balance over the batch, which lets a sequence specialise.
+    Fedus et al., arXiv:2101.03961, for k = 1. Here f sums to 1 for every k; transformers' sums to k.
+    """
+    share = counts / counts.sum(-1, keepdim=True)
+    return probabilities.shape[-1] * (share * probabilities.mean(-2)).sum(-1).mean()
+
+
+def router_z_loss(logits: Float[Tensor, "*b E"]) -> Float[Tensor, ""]:
+    """The mean of (log Σ_e exp(logit_e))², which keeps the logits small. Zoph et al., arXiv:2202.08906."""
+    return logits.logsumexp(-1).square().mean()
+
+
+@torch.no_grad()
+def move_bias_(bias: Float[Tensor, "E"], load: Float[Tensor, "E"], rate: float) -> None:
+    """bias += rate · sign(mean load − load): loss-free balancing, after each step. Wang et al., arXiv:2408.15664."""
+    bias += rate * torch.sign(load.mean() - load)
+
+
+def max_violation(counts: Tensor) -> float:
+    """MaxVio = max(load) / mean(load) − 1: 0 is perfect balance, E − 1 is one expert that takes all (2408.15664)."""
+    counts = counts.double()
+    return (counts.max() / counts.mean() - 1).item()
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """What one forward pass of a MoE did; the figures are computed when they are asked for.
+
+    counts  (E) rows that each expert computed      wanted  (E) rows before a capacity cut some off
+    """
+
+    logits: Float[Tensor, "t E"]
+    counts: Int[Tensor, "E"]
+    wanted: Int[Tensor, "E"]
+    scoring: str
+
+    @classmethod
+    def of(cls, routing: Routing) -> "RoutingStatistics":
+        return cls(routing.logits.detach(), routing.counts, routing.wanted, routing.scoring)
+
+    @property
+    def load(self) -> Float[Tensor, "E"]:
+        """The share of the rows that each expert computed; 1/E when all is even."""
+        return self.counts / self.counts.sum()
+
+    @property
+    def max_violation(self) -> float:
+        """MaxVio of the routes as the router wanted them."""
+        return max_violation(self.wanted)
+
+    @property
+    def dropped(self) -> float:
+        """The share of the rows that found their expert full."""
+        return 1 - (self.counts.sum() / self.wanted.sum()).item()
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of the router's distribution over the experts, in nats: from 0 (certain) to log E."""
+        p = Routing(self.logits, None, None, None, None, self.scoring).probabilities
+        return torch.special.entr(p).sum(-1).mean().item()
+
+    def as_dict(self) -> dict[str, float | list[float]]:
+        """All of it as plain numbers, for a log or a plot."""
+        return {
+            "load": self.load.tolist(), "max_violation": self.max_violation, "dropped": self.dropped,
+            "entropy": self.entropy, "max_entropy": math.log(len(self.counts)),
+        }  # fmt: skip
+
+
+def statistics(model: nn.Module) -> dict[str, RoutingStatistics]:
+    """The statistics of each mixture's last pass, by the name of the module that holds it."""
+    found = ((name, getattr(module, "statistics", None)) for name, module in model.named_modules())
+    return {name: s for name, s in found if isinstance(s, RoutingStatistics)}

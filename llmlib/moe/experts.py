@@ -1,0 +1,194 @@
+"""Experts: one feed-forward whose linear maps hold a matrix for each expert."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from llmlib.errors import require
+from llmlib.moe.routing import _expert_of_rows
+from llmlib.ops import op
+
+
+@op
+def expert_linear(
+    x: Float[Tensor, "m d"],
+    weight: Float[Tensor, "E f d"],
+    counts: Int[Tensor, "E"],
+    bias: Float[Tensor, "E f"] | None = None,
+) -> Float[Tensor, "m f"]:
+    """y_i = W_e x_i + b_e, with e the expert of row i: the first counts[0] rows are expert 0's, the next expert 1's, ….
+
+    The reference goes from expert to expert. The twins: a product for each expert, written in place (segments), one
+    kernel for all (grouped_mm, MegaBlocks' idea, arXiv:2211.15841), and every expert on every row under a mask (dense).
+    """
+    biases = len(weight) * [None] if bias is None else bias.unbind()
+    segments = zip(x.split(_sizes(counts, len(x))), weight.unbind(), biases, strict=True)
+    return torch.cat([F.linear(rows, W, b) for rows, W, b in segments])
+
+
+@expert_linear.check
+def _check(x, weight, counts, bias=None) -> None:  # noqa: ARG001
+    require(
+        len(counts) == len(weight),
+        f"counts has {len(counts)} entries for the {len(weight)} experts of weight {tuple(weight.shape)}",
+    )
+    require(
+        x.shape[-1] == weight.shape[-1],
+        f"x has rows of {x.shape[-1]}, and weight {tuple(weight.shape)} takes rows of {weight.shape[-1]}",
+    )
+
+
+def _sizes(counts: Int[Tensor, "E"], rows: int) -> list[int]:
+    """The counts as numbers; on the meta device, where nothing has a value, an even split."""
+    if not counts.is_meta:
+        return counts.tolist()
+    return [rows // len(counts) + (e < rows % len(counts)) for e in range(len(counts))]
+
+
+def _segments_why_not(x, weight, counts, bias=None) -> str | None:
+    if x.is_cuda and _grouped_mm_why_not(x, weight, counts, bias) is None:
+        return "it waits for the GPU to learn the counts, and grouped_mm doesn't"
+    return None
+
+
+@expert_linear.twin("segments", _segments_why_not, measured="two cores of an AMD EPYC, see benchmarks/moe.py")
+def _segments(x, weight, counts, bias=None):
+    return _Segments.apply(x, weight, bias, _sizes(counts, len(x)))
+
+
+class _Segments(torch.autograd.Function):
+    """Autograd would return each expert's gradient apart and then stack them; here each is written where it belongs."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, sizes):
+        ctx.save_for_backward(x, weight)
+        ctx.sizes, ctx.has_bias = sizes, bias is not None
+        y = x.new_empty(len(x), weight.shape[1])
+        for e, rows in _busy(sizes):
+            if bias is None:
+                torch.mm(x[rows], weight[e].T, out=y[rows])
+            else:
+                torch.addmm(bias[e], x[rows], weight[e].T, out=y[rows])
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx, dW, db = (
+            like.new_empty(shape) if needed else None
+            for like, shape, needed in zip(
+                (x, weight, weight), (x.shape, weight.shape, weight.shape[:2]), ctx.needs_input_grad, strict=False
+            )
+        )
+        for e, rows in _busy(ctx.sizes):
+            if dx is not None:
+                torch.mm(dy[rows], weight[e], out=dx[rows])
+            if dW is not None:
+                torch.mm(dy[rows].T, x[rows], out=dW[e])
+            if db is not None:
+                torch.sum(dy[rows], dim=0, out=db[e])
+        for e, size in enumerate(ctx.sizes):
+            if size == 0:
+                for gradient in (dW, db):
+                    if gradient is not None:
+                        gradient[e].zero_()
+        return dx, dW, db, None
+
+
+def _busy(sizes: list[int]):
+    """Each expert that has rows, with their slice."""
+    start = 0
+    for e, size in enumerate(sizes):
+        if size:
+            yield e, slice(start, start + size)
+            start += size
+
+
+def _grouped_mm_why_not(x, weight, counts, bias=None) -> str | None:  # noqa: ARG001
+    if not hasattr(F, "grouped_mm"):
+        return f"torch {torch.__version__} has no F.grouped_mm; it came with 2.10"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it has no {str(x.dtype).removeprefix('torch.')}"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"it needs a GPU of compute capability 8.0, and this has {torch.cuda.get_device_capability(x.device)}"
+    if any(size * x.element_size() % 16 for size in weight.shape[1:]):
+        return f"rows must be multiples of 16 bytes, and weight is {tuple(weight.shape)}"
+    return None if x.numel() else "there are no rows"
+
+
+@expert_linear.twin("grouped_mm", _grouped_mm_why_not, measured="two cores of an AMD EPYC, see benchmarks/moe.py")
+def _grouped_mm(x, weight, counts, bias=None):
+    y = F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
+    if y.requires_grad:  # its backward refuses an expanded gradient, such as that of a sum
+        y.register_hook(lambda gradient: gradient.contiguous())
+    return y if bias is None else y + bias[_expert_of_rows(counts, len(x))]
+
+
+@expert_linear.twin("dense", lambda *_, **__: None, auto=False)
+def _dense(x, weight, counts, bias=None):
+    every = torch.einsum("md,efd->mef", x, weight)
+    if bias is not None:
+        every = every + bias
+    mine = F.one_hot(_expert_of_rows(counts, len(x)), len(weight)).to(every.dtype)
+    return torch.einsum("mef,me->mf", every, mine)
+
+
+class StackedLinear(nn.Linear):
+    """num_experts linear maps of one shape as one parameter, weight (E f d); `counts` says whose the rows are."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
+        self.counts: Tensor | None = None
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)} × ({self.in_features} → {self.out_features}), bias={self.bias is not None}"
+
+    def forward(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "m f"]:
+        x, weight, bias = _as_autocast(x, self.weight, self.bias)
+        return expert_linear(x, weight, self.counts, bias)
+
+
+def _as_autocast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Inputs in the dtype that autocast gives to a linear map: neither grouped_mm nor an `out=` product asks it."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return [x, *parameters]
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [None if p is None else p.to(dtype) for p in (x, *parameters)]
+
+
+def stack_experts(expert: Callable[[int], nn.Module], d_model: int, num_experts: int) -> nn.Module:
+    """`num_experts` of the feed-forward that `expert(d_model)` builds, as one module of the same class.
+
+    Its linear maps become `StackedLinear`; everything else in it works row by row, and so serves all experts alike.
+    Raises ConfigError when it holds a parameter outside its linear maps.
+    """
+    with torch.device("meta"):
+        experts = expert(d_model)
+    for parent in list(experts.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                sizes = num_experts, child.in_features, child.out_features
+                setattr(parent, name, StackedLinear(*sizes, bias=child.bias is not None))
+    stacked = {id(p) for m in experts.modules() if isinstance(m, StackedLinear) for p in m.parameters()}
+    left = [name for name, p in experts.named_parameters() if id(p) not in stacked]
+    require(
+        not left,
+        f"{type(experts).__name__} can't be an expert: {', '.join(left)} is in no linear map, so it can't be stacked",
+    )
+    experts.reset_parameters()
+    return experts
+
+
+def run_experts(experts: nn.Module, rows: Float[Tensor, "m d"], counts: Int[Tensor, "E"]) -> Float[Tensor, "m d"]:
+    """Each row through its own expert; the rows are sorted by expert, `counts` of them for each."""
+    for linear in experts.modules():
+        if isinstance(linear, StackedLinear):
+            linear.counts = counts
+    return experts(rows)

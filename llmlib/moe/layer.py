@@ -1,0 +1,183 @@
+"""The mixture-of-experts layer: router, experts, shared experts."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llmlib.errors import require
+from llmlib.moe.balance import RoutingStatistics, load_balancing_loss, move_bias_, router_z_loss
+from llmlib.moe.experts import run_experts, stack_experts
+from llmlib.moe.routing import Routing, TopKRouter
+
+BALANCE_OVER = ("batch", "sequence")
+
+
+class MoE(nn.Module):
+    """y = Σ_j w_j · expert_{e_j}(x) + shared(x): a feed-forward in `num_experts` parts, `top_k` of them for each token.
+
+    expert       spec of any feed-forward, such as spec(SwiGLU, d_ff=1024): one expert
+    router       spec of a router; None is `TopKRouter` as it comes: softmax, then the top k
+    num_shared_experts   experts that every token takes beside its top_k, computed as one of that many times the width
+    shared_expert        spec of that one, where its width or kind is its own; shared_expert_gate multiplies its output
+                         by σ(w · x) (Qwen1.5-MoE)
+    latent_size          the experts work on a projection of x to this width, projected back after (Nemotron 3)
+    latent_bias          those two projections have biases
+    capacity_factor      an expert takes at most ⌈capacity_factor · tokens · top_k / num_experts⌉ rows of a training
+                         batch; the others are dropped. eval_capacity_factor is the same for evaluation, where None,
+                         the default, drops nothing, so that decoding equals the full forward
+    load_balance_alpha   weight of `load_balancing_loss`, over the "batch" or each "sequence" as balance_over says
+    z_loss_weight        weight of `router_z_loss`
+    bias_update_rate     step of the loss-free bias (0.001 as published); needs a router with correction_bias
+
+    After a forward pass with gradients, `auxiliary_loss` is the weighted sum of the two losses (None when neither has a
+    weight); `statistics` describes every pass. A training loop calls `after_step()` after each optimiser step.
+
+    Papers: 1701.06538, 2006.16668, 2101.03961, 2401.04088, 2401.06066, 2412.19437. No tokens in, no tokens out.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        expert: Callable,
+        router: Callable | None = None,
+        num_shared_experts: int = 0,
+        shared_expert: Callable | None = None,
+        shared_expert_gate: bool = False,
+        latent_size: int | None = None,
+        latent_bias: bool = False,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        load_balance_alpha: float = 0.0,
+        balance_over: str = "batch",
+        z_loss_weight: float = 0.0,
+        bias_update_rate: float = 0.0,
+    ):
+        super().__init__()
+        require(num_experts >= 1, f"num_experts is {num_experts}, and must be at least 1")
+        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            require(factor is None or factor > 0, f"{name} is {factor}, and must be above 0, or None for no limit")
+        require(latent_size is None or latent_size > 0, f"latent_size is {latent_size}, and must be above 0, or None")
+        require(balance_over in BALANCE_OVER, f"balance_over is {balance_over!r}; choose 'batch' or 'sequence'")
+        require(num_shared_experts >= 0, f"num_shared_experts is {num_shared_experts}, and can't be below 0")
+        self.num_experts, self.top_k = num_experts, top_k
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.load_balance_alpha, self.balance_over = load_balance_alpha, balance_over
+        self.z_loss_weight, self.bias_update_rate = z_loss_weight, bias_update_rate
+        self.router = (router or TopKRouter)(d_model, num_experts, top_k)
+        self.experts = stack_experts(expert, latent_size or d_model, num_experts)
+        self.latent_in_proj = latent_size and nn.Linear(d_model, latent_size, bias=latent_bias)
+        self.latent_out_proj = latent_size and nn.Linear(latent_size, d_model, bias=latent_bias)
+        self.shared_experts = _shared(expert, shared_expert, num_shared_experts, d_model)
+        require(
+            not shared_expert_gate or self.shared_experts is not None,
+            "shared_expert_gate is set, but there is nothing to gate: give num_shared_experts or shared_expert",
+        )
+        self.shared_expert_gate = nn.Linear(d_model, 1, bias=False) if shared_expert_gate else None
+        require(
+            not bias_update_rate or getattr(self.router, "e_score_correction_bias", None) is not None,
+            f"bias_update_rate is {bias_update_rate}, but the router has no bias to move: "
+            f"give it router=spec(TopKRouter, correction_bias=True)",
+        )
+        if bias_update_rate:
+            self.register_buffer("load", torch.zeros(num_experts), persistent=False)
+        self.exchange = None
+        self.auxiliary_loss: Tensor | None = None
+        self.statistics: RoutingStatistics | None = None
+        self._reset_linears(0.02)
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Weights from N(0, std²), biases 0."""
+        for part in (self.router, self.experts, self.shared_experts):
+            if part is not None:
+                part.reset_parameters(std=std)
+        self._reset_linears(std)
+
+    def _reset_linears(self, std: float) -> None:
+        for linear in (self.latent_in_proj, self.latent_out_proj, self.shared_expert_gate):
+            if linear is not None:
+                nn.init.normal_(linear.weight, 0, std)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    def __getstate__(self) -> dict:
+        """Without what the last pass left, which can't be copied or pickled."""
+        return {**self.__dict__, "auxiliary_loss": None, "statistics": None}
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        self.auxiliary_loss = self.statistics = None
+        if x.numel() == 0:
+            return torch.zeros_like(x)
+        tokens = x.flatten(0, 1)
+        routing = self.router(tokens)
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is not None and not x.is_meta:
+            routing = routing.limited(math.ceil(factor * len(tokens) * self.top_k / self.num_experts))
+        self._take_note(routing, x.shape[0])
+        y = self._routed(tokens, routing)
+        if self.shared_experts is not None:
+            y = y + self._shared(tokens)
+        return y.view_as(x)
+
+    def _routed(self, tokens: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
+        x = tokens if self.latent_in_proj is None else self.latent_in_proj(tokens)
+        rows = x.index_select(0, routing.tokens)
+        run = run_experts if self.exchange is None else self.exchange
+        rows = run(self.experts, rows, routing.counts) * routing.weights[:, None]
+        y = rows.new_zeros(len(tokens), rows.shape[-1]).index_add(0, routing.tokens, rows).to(x.dtype)
+        return y if self.latent_out_proj is None else self.latent_out_proj(y)
+
+    def _shared(self, tokens: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
+        y = self.shared_experts(tokens)
+        return y if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid() * y
+
+    def _take_note(self, routing: Routing, batch: int) -> None:
+        self.statistics = RoutingStatistics.of(routing)
+        if self.training and self.bias_update_rate:
+            self.load += routing.wanted
+        if not torch.is_grad_enabled():
+            return
+        terms = []
+        if self.load_balance_alpha:
+            terms.append(self.load_balance_alpha * self._balance_loss(routing, batch))
+        if self.z_loss_weight:
+            terms.append(self.z_loss_weight * router_z_loss(routing.logits))
+        self.auxiliary_loss = sum(terms) if terms else None
+
+    def _balance_loss(self, routing: Routing, batch: int) -> Float[Tensor, ""]:
+        if self.balance_over == "batch":
+            return load_balancing_loss(routing.probabilities, routing.wanted)
+        time = len(routing.logits) // batch
+        places = routing.tokens // time * self.num_experts + routing.experts
+        counts = places.new_zeros(batch * self.num_experts).scatter_add_(0, places, torch.ones_like(places))
+        return load_balancing_loss(routing.probabilities.unflatten(0, (batch, time)), counts.view(batch, -1))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the router's bias by what was routed since the last call; does nothing without a bias_update_rate."""
+        if self.bias_update_rate:
+            if self.exchange is not None:
+                self.exchange.sum_(self.load)
+            move_bias_(self.router.e_score_correction_bias, self.load, self.bias_update_rate)
+            self.load.zero_()
+
+    def num_idle_parameters(self) -> int:
+        """Parameters of the routed experts that one token leaves out."""
+        held = sum(p.numel() for p in self.experts.parameters())
+        return held // self.num_experts * (self.num_experts - self.top_k)
+
+
+def _shared(expert: Callable, shared_expert: Callable | None, count: int, d_model: int) -> nn.Module | None:
+    """A wide feed-forward is the sum of narrow ones side by side, so several shared experts are one."""
+    require(
+        shared_expert is None or not count,
+        f"num_shared_experts is {count} and shared_expert is {shared_expert}: give one of the two",
+    )
+    if shared_expert is not None:
+        return shared_expert(d_model)
+    return expert(d_model, d_ff=count * expert.options["d_ff"]) if count else None
