@@ -53,7 +53,9 @@ class Log:
     sink: list[float] = field(default_factory=list)
 
 
-def train_on_repeats(model: CausalLM, steps: int, *, seed: int = 0, learning_rate: float = 3e-3, every: int = 20) -> Log:
+def train_on_repeats(
+    model: CausalLM, steps: int, *, seed: int = 0, learning_rate: float = 3e-3, every: int = 20
+) -> Log:
     """AdamW on the mean loss over all positions, with 50 steps of warm-up."""
     generator, log = torch.Generator().manual_seed(seed), Log()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
