@@ -23,8 +23,10 @@ aten = torch.ops.aten
 
 _PRODUCTS = {
     aten.mm.default: lambda out, a, b: 2 * out.numel() * a.shape[-1],
+    aten.mm.out: lambda out, a, b: 2 * out.numel() * a.shape[-1],
     aten.bmm.default: lambda out, a, b: 2 * out.numel() * a.shape[-1],
     aten.addmm.default: lambda out, bias, a, b: 2 * out.numel() * a.shape[-1],
+    aten.addmm.out: lambda out, bias, a, b: 2 * out.numel() * a.shape[-1],
     aten.baddbmm.default: lambda out, c, a, b: 2 * out.numel() * a.shape[-1],
     aten._grouped_mm.default: lambda out, a, b, *_: 2 * out.numel() * a.shape[-1],
     aten.convolution.default: lambda out, x, weight, *_: 2 * out.numel() * weight[0].numel(),

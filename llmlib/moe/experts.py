@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmlib.errors import require
-from llmlib.moe.routing import _expert_of_rows
+from llmlib.moe.routing import _expert_of_rows, autocast_dtype
 from llmlib.ops import op
 
 
@@ -157,10 +157,8 @@ class StackedLinear(nn.Linear):
 
 def _as_autocast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     """Inputs in the dtype that autocast gives to a linear map: neither grouped_mm nor an `out=` product asks it."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return [x, *parameters]
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return [None if p is None else p.to(dtype) for p in (x, *parameters)]
+    dtype = autocast_dtype(x)
+    return [p if p is None or dtype is None else p.to(dtype) for p in (x, *parameters)]
 
 
 def stack_experts(expert: Callable[[int], nn.Module], d_model: int, num_experts: int) -> nn.Module:

@@ -1,5 +1,6 @@
 """Routers: which experts a token takes, and with what weight."""
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -154,11 +155,17 @@ class Router(nn.Module):
     def logits(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t E"]:
         """Raises FloatingPointError when one is not a number: no order, hence no top k, exists among those."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.to(wide)
+        bias = None if self.bias is None else self.bias.to(wide)
+        with contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(wide), self.weight.to(wide), bias)
         _require_numbers(logits)
         return logits
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast turns a linear map's input into, or None where it is off."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if not x.is_meta and torch.is_autocast_enabled(device) else None
 
 
 def _require_numbers(logits: Tensor) -> None:

@@ -1,0 +1,581 @@
+"""Mixture of experts: against definitions written out token by token, against transformers, and by its properties."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from llmlib.cost import flops
+from llmlib.errors import ConfigError
+from llmlib.ffn import GLU, MLP, SwiGLU
+from llmlib.model import CausalLM, Layer, ModelConfig, spec
+from llmlib.moe import (
+    ExpertChoiceRouter,
+    MoE,
+    TopKRouter,
+    expert_linear,
+    load_balancing_loss,
+    max_violation,
+    move_bias_,
+    route,
+    router_z_loss,
+    statistics,
+    upcycle,
+)
+from llmlib.norm import RMSNorm
+from llmlib.ops import kernels, record
+
+torch.set_num_threads(1)
+COMPUTATIONS = ("reference", "dense", "segments")
+EXPERTS = {
+    "swiglu": spec(SwiGLU, d_ff=24),
+    "glu with biases": spec(GLU, d_ff=24, bias=True),
+    "mlp": spec(MLP, d_ff=24, activation="relu2", bias=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make(num_experts=8, top_k=2, d_model=16, expert=EXPERTS["swiglu"], dtype=torch.float64, std=0.3, **options):
+    """A small layer whose weights are large enough for the routes to matter."""
+    moe = MoE(d_model, num_experts=num_experts, top_k=top_k, expert=expert, **options)
+    moe.reset_parameters(std=std)
+    return moe.to(dtype)
+
+
+def one_expert(moe, expert, e):
+    """Expert e as an ordinary feed-forward."""
+    alone = expert(moe.router.weight.shape[1]).double()
+    alone.load_state_dict({name: p[e] for name, p in moe.experts.state_dict().items()})
+    return alone
+
+
+def by_definition(moe, expert, x):
+    """Σ_j w_j · expert_{e_j}(x), one token and one expert at a time."""
+    experts = [one_expert(moe, expert, e) for e in range(moe.num_experts)]
+    rows = []
+    for token in x.flatten(0, 1):
+        p = F.softmax(moe.router.weight @ token, dim=0)
+        best = sorted(range(len(experts)), key=lambda e: -p[e].item())[: moe.top_k]
+        rows.append(sum(p[e] * experts[e](token) for e in best))
+    return torch.stack(rows).view_as(x)
+
+
+def gradients(moe, x, weight):
+    x = x.clone().requires_grad_()
+    moe.zero_grad()
+    y = moe(x)
+    (y * weight).sum().backward()
+    return [y.detach(), x.grad, *[p.grad.clone() for p in moe.parameters()]]
+
+
+# --- the computations -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_layer_is_the_sum_it_says(kind):
+    moe = make(expert=EXPERTS[kind])
+    for name, p in moe.experts.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(p)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    torch.testing.assert_close(moe(x), by_definition(moe, EXPERTS[kind], x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("top_k", range(1, 6))
+@pytest.mark.parametrize("kind", ["swiglu", "glu with biases"])
+def test_three_computations_agree_with_gradients(top_k, kind):
+    moe = make(num_experts=5, top_k=top_k, expert=EXPERTS[kind], router=spec(TopKRouter, norm_topk_prob=True))
+    x, weight = torch.randn(2, 2, 7, 16, dtype=torch.float64).unbind(0)
+    results = {}
+    for name in COMPUTATIONS:
+        with kernels(name), record() as ran:
+            results[name] = gradients(moe, x, weight)
+        assert {c.kernel.split()[0] for c in ran if c.op == "expert_linear"} == {name}
+    for name in COMPUTATIONS[1:]:
+        for a, b in zip(results["reference"], results[name], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0, 11], [1, 0, 9, 1], [11, 0, 0, 0], [3, 3, 3, 2]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_mm_agrees_for_any_load(counts, dtype):
+    x, W, b = torch.randn(11, 16), torch.randn(4, 24, 16) / 4, torch.randn(4, 24)
+    counts, up = torch.tensor(counts), torch.randn(11, 24)
+    wide = [t.to(dtype).double().requires_grad_() for t in (x, W, b)]
+    y = expert_linear.reference(wide[0], wide[1], counts, wide[2])
+    expected = [y, *torch.autograd.grad((y * up.to(dtype)).sum(), wide)]
+    for name in ("reference", "segments", "grouped_mm", "dense"):
+        mine = [t.detach().to(dtype).requires_grad_() for t in wide]
+        with kernels(name):
+            y = expert_linear(mine[0], mine[1], counts, mine[2])
+        for a, b in zip([y, *torch.autograd.grad((y * up.to(dtype)).sum(), mine)], expected, strict=True):
+            tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(a.double(), b, atol=tolerance * b.abs().max().item() + 1e-9, rtol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 5), st.integers(1, 12), st.integers(0, 10**6))
+def test_any_load_by_property(num_experts, extra, rows, seed):
+    """Some experts empty, any sizes: each row meets the matrix of its own expert."""
+    generator = torch.Generator().manual_seed(seed)
+    owner = torch.randint(num_experts, (rows,), generator=generator).sort().values
+    x = torch.randn(rows, 4 + extra, generator=generator, dtype=torch.float64)
+    W = torch.randn(num_experts, 3, 4 + extra, generator=generator, dtype=torch.float64)
+    expected = torch.stack([W[e] @ row for e, row in zip(owner, x, strict=True)])
+    for name in COMPUTATIONS:
+        with kernels(name):
+            y = expert_linear(x, W, torch.bincount(owner, minlength=num_experts))
+        torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
+
+
+def test_unused_experts_get_a_zero_gradient():
+    moe = make(num_experts=4, top_k=1)
+    with torch.no_grad():
+        moe.router.weight.zero_()[2] = 1.0
+    x = torch.rand(1, 6, 16, dtype=torch.float64)
+    for name in COMPUTATIONS:
+        with kernels(name):
+            gradients(moe, x, torch.ones_like(x))
+        gradient = moe.experts.up_proj.weight.grad
+        assert gradient[2].abs().min() > 0
+        assert gradient[[0, 1, 3]].abs().max() == 0
+
+
+def test_segments_serve_frozen_and_half_frozen_experts():
+    x, W = torch.randn(5, 4, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 4, dtype=torch.float64)
+    bias, counts = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True), torch.tensor([5, 0])
+    with kernels("segments"):
+        dx, db = torch.autograd.grad(expert_linear(x, W, counts, bias).sum(), (x, bias))
+    torch.testing.assert_close(dx, W[0].sum(0).expand(5, 4))
+    torch.testing.assert_close(db, torch.tensor([[5.0] * 3, [0.0] * 3], dtype=torch.float64))
+
+
+def test_an_expanded_gradient_passes_grouped_mm():
+    x, W = torch.randn(8, 16, requires_grad=True), torch.randn(2, 16, 16)
+    with kernels("grouped_mm"):
+        expert_linear(x, W, torch.tensor([3, 5])).sum().backward()
+    torch.testing.assert_close(x.grad[0], W[0].sum(0))
+
+
+def test_bfloat16_and_autocast_stay_near_float32():
+    moe = make(dtype=torch.float32, num_shared_experts=1)
+    x = torch.randn(2, 16, 16)
+    exact = moe(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = moe(x)
+    half = moe.to(torch.bfloat16)(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    # a route whose two best scores nearly tie may flip when x is rounded: compare the tokens where none does
+    for y in (mixed, half):
+        error = (y.float() - exact).norm(dim=-1) / exact.norm(dim=-1)
+        assert error.median() < 0.02
+
+
+def test_one_token_and_no_token():
+    moe = make()
+    whole = torch.randn(1, 3, 16, dtype=torch.float64)
+    for t in range(3):
+        torch.testing.assert_close(moe(whole[:, t : t + 1]), moe(whole)[:, t : t + 1], atol=1e-13, rtol=0)
+    empty = moe(whole[:, :0])
+    assert empty.shape == (1, 0, 16)
+    assert moe.statistics is None
+    assert moe.auxiliary_loss is None
+
+
+def test_router_computes_in_float32():
+    moe = make(dtype=torch.bfloat16)
+    moe(torch.randn(1, 4, 16).bfloat16())
+    assert moe.statistics.logits.dtype == torch.float32
+
+
+# --- routing ----------------------------------------------------------------------------------------------------------
+
+
+def test_renormalised_softmax_is_softmax_of_the_top_k():
+    logits = torch.randn(50, 8, dtype=torch.float64)
+    for k in (1, 3, 8):
+        a, chosen = route(logits, k, norm_topk_prob=True)
+        b, same = route(logits, k, scoring="softmax_of_top_k")
+        assert torch.equal(chosen, same)
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a.sum(-1), torch.ones(50, dtype=torch.float64))
+    plain, _ = route(logits, 3)
+    assert (plain.sum(-1) < 1).all()
+
+
+@pytest.mark.parametrize("group_score", ["max", "top2"])
+def test_groups_limit_the_choice(group_score):
+    """Against a search that goes through the groups one by one."""
+    logits, bias = torch.randn(40, 12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
+    weights, experts = route(
+        logits, 3, scoring="sigmoid", n_group=4, topk_group=2, group_score=group_score, correction_bias=bias
+    )
+    for row, chosen, w in zip(logits, experts, weights, strict=True):
+        preference = (row.sigmoid() + bias).tolist()
+        groups = [preference[3 * g : 3 * g + 3] for g in range(4)]
+        worth = [max(g) if group_score == "max" else sum(sorted(g)[-2:]) for g in groups]
+        best = sorted(range(4), key=lambda g: -worth[g])[:2]
+        allowed = [e for e in range(12) if e // 3 in best]
+        assert sorted(chosen.tolist()) == sorted(sorted(allowed, key=lambda e: -preference[e])[:3])
+        torch.testing.assert_close(w, row.sigmoid()[chosen])
+
+
+def test_the_bias_moves_the_choice_and_not_the_weight():
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    plain, chosen = route(logits, 1, scoring="sigmoid")
+    moved, other = route(logits, 1, scoring="sigmoid", correction_bias=torch.tensor([1.0, 0.0, 0.0]))
+    assert (chosen.item(), other.item()) == (2, 0)
+    assert moved.item() == pytest.approx(torch.sigmoid(logits[0, 0]).item())
+    assert plain.item() == pytest.approx(torch.sigmoid(logits[0, 2]).item())
+
+
+def test_expert_choice_is_even_and_takes_the_best():
+    moe = make(num_experts=4, top_k=2, router=spec(ExpertChoiceRouter))
+    x = torch.randn(2, 8, 16, dtype=torch.float64)
+    y = moe(x)
+    assert moe.statistics.counts.tolist() == [8, 8, 8, 8]
+    p = (x.flatten(0, 1) @ moe.router.weight.T).softmax(-1)
+    expected = torch.zeros(16, 16, dtype=torch.float64)
+    for e in range(4):
+        expert = one_expert(moe, EXPERTS["swiglu"], e)
+        for t in sorted(range(16), key=lambda t: -p[t, e].item())[:8]:
+            expected[t] += p[t, e] * expert(x.flatten(0, 1)[t])
+    torch.testing.assert_close(y.flatten(0, 1), expected, atol=1e-12, rtol=0)
+
+
+def test_switch_drops_what_does_not_fit_in_order_of_time():
+    moe = make(num_experts=2, top_k=1, capacity_factor=0.5)
+    with torch.no_grad():
+        moe.router.weight[0], moe.router.weight[1] = 1.0, -1.0
+    x = torch.rand(1, 12, 16, dtype=torch.float64)
+    y = moe(x)
+    assert moe.statistics.wanted.tolist() == [12, 0]
+    assert moe.statistics.counts.tolist() == [3, 0]
+    assert moe.statistics.dropped == pytest.approx(0.75)
+    assert y[0, :3].abs().sum(-1).min() > 0
+    assert y[0, 3:].abs().max() == 0
+    assert moe.eval()(x).abs().sum(-1).min() > 0
+
+
+def test_capacity_rounds_up_and_a_wide_one_drops_nothing():
+    moe = make(num_experts=4, top_k=2, capacity_factor=4.0)
+    x = torch.randn(1, 7, 16, dtype=torch.float64)
+    torch.testing.assert_close(moe(x), moe.eval()(x))
+    assert moe.statistics.dropped == 0
+    tight = make(num_experts=8, top_k=1, capacity_factor=0.01)
+    tight(x)
+    assert tight.statistics.counts.max() == 1
+
+
+def test_noise_and_jitter_act_in_training_only():
+    x = torch.randn(1, 32, 16, dtype=torch.float64)
+    noisy = make(router=spec(TopKRouter, scoring="softmax_of_top_k", noise=True))
+    shaky = make(router=spec(TopKRouter, jitter=0.2))
+    for moe in (noisy, shaky):
+        assert not torch.equal(moe(x), moe(x))
+        moe.eval()
+        assert torch.equal(moe(x), moe(x))
+    noisy.train()(x).sum().backward()
+    assert noisy.router.noise.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "softmax_of_top_k", "sigmoid"])
+def test_gradient_reaches_the_router(scoring):
+    """dL/dlogits against finite differences, where no route changes."""
+    logits = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda z: route(z, 2, scoring=scoring, norm_topk_prob=scoring == "sigmoid")[0], logits)
+
+
+def leak(moe, t=6):
+    """The largest change that the last token can make, to first order, in the outputs of those before it."""
+    x = torch.randn(1, t, 16, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(moe(x)[0, :-1].square().sum(), x)
+    return gradient[0, -1].abs().max().item()
+
+
+def changes(moe, t=24):
+    """Whether another last token changes an earlier output: the choice of experts and the drops have no gradient."""
+    x = torch.randn(1, t, 16, dtype=torch.float64)
+    other = torch.cat([x[:, :-1], 3 * torch.randn(1, 1, 16, dtype=torch.float64)], dim=1)
+    return (moe(x) - moe(other))[:, :-1].abs().max().item() > 1e-9
+
+
+def test_no_token_sees_the_future():
+    routers = (
+        spec(TopKRouter),
+        spec(TopKRouter, scoring="softmax_of_top_k"),
+        spec(TopKRouter, scoring="sigmoid", norm_topk_prob=True, correction_bias=True, n_group=2),
+    )
+    for router in routers:
+        moe = make(router=router, num_shared_experts=1, capacity_factor=1.0)
+        assert leak(moe) == 0
+        assert not any(changes(moe) for _ in range(10))
+
+
+def test_expert_choice_sees_the_future():
+    """A later token takes an earlier one's place. The path is a choice: the gradient misses it, a change of x doesn't,
+    and neither does the gradient once the choice is made smooth."""
+    moe = make(num_experts=4, top_k=1, router=spec(ExpertChoiceRouter), expert=EXPERTS["mlp"])
+    assert leak(moe) == 0
+    assert sum(changes(moe) for _ in range(10)) > 5
+    x = torch.randn(12, 16, dtype=torch.float64, requires_grad=True)
+
+    def taken(logits):
+        """How much of token 0 expert 0 takes: a sigmoid around the score of the last token that fits."""
+        p = logits.softmax(-1)[:, 0]
+        return torch.sigmoid((p[0] - p.topk(3).values[-1]) / 0.01)
+
+    (gradient,) = torch.autograd.grad(taken(moe.router.logits(x)), x)
+    assert gradient[1:].abs().max() > 0
+
+
+# --- balance ----------------------------------------------------------------------------------------------------------
+
+
+def test_load_balancing_loss_on_cases_made_by_hand():
+    even = torch.full((8, 4), 0.25)
+    assert load_balancing_loss(even, torch.tensor([4, 4, 4, 4])).item() == pytest.approx(1)
+    one = F.one_hot(torch.zeros(8, dtype=torch.long), 4).float()
+    assert load_balancing_loss(one, torch.tensor([8, 0, 0, 0])).item() == pytest.approx(4)
+    # f = (3/4, 1/4), P = (0.6, 0.4): 2 (0.45 + 0.1)
+    p = torch.tensor([[0.6, 0.4]] * 4)
+    assert load_balancing_loss(p, torch.tensor([3, 1])).item() == pytest.approx(1.1)
+
+
+def test_balance_per_sequence_and_per_batch():
+    """Two sequences that each use one expert: perfect over the batch, the worst per sequence."""
+    p = torch.tensor([[[1.0, 0.0]] * 3, [[0.0, 1.0]] * 3])
+    assert load_balancing_loss(p.flatten(0, 1), torch.tensor([3, 3])).item() == pytest.approx(1)
+    assert load_balancing_loss(p, torch.tensor([[3, 0], [0, 3]])).item() == pytest.approx(2)
+
+
+def test_the_layer_reports_both_balances():
+    x = torch.randn(3, 5, 16, dtype=torch.float64)
+    for over in ("batch", "sequence"):
+        moe = make(load_balance_alpha=0.5, balance_over=over)
+        moe(x)
+        p = (x @ moe.router.weight.T).softmax(-1)
+        counts = F.one_hot(p.topk(2).indices, 8).sum((1, 2))
+        expected = (
+            load_balancing_loss(p, counts)
+            if over == "sequence"
+            else load_balancing_loss(p.flatten(0, 1), counts.sum(0))
+        )
+        torch.testing.assert_close(moe.auxiliary_loss, 0.5 * expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=8))
+def test_load_balancing_loss_is_least_when_all_is_even(logits):
+    """Where the load follows the probabilities the loss is E Σ P² ≥ 1, with equality at 1/E."""
+    p = torch.tensor(logits, dtype=torch.float64).softmax(-1)
+    assert load_balancing_loss(p.expand(4, -1), p * 100).item() >= 1 - 1e-12
+
+
+def test_its_gradient_is_the_load():
+    p = torch.rand(10, 4, dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([1, 2, 3, 4])
+    load_balancing_loss(p, counts).backward()
+    torch.testing.assert_close(p.grad.sum(0), 4 * counts / 10.0, check_dtype=False)
+
+
+def test_z_loss_by_hand():
+    logits = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    expected = (math.log(2) ** 2 + (1 + math.log(2)) ** 2) / 2
+    assert router_z_loss(logits).item() == pytest.approx(expected)
+    moe = make(z_loss_weight=0.1)
+    x = torch.randn(1, 4, 16, dtype=torch.float64)
+    moe(x)
+    torch.testing.assert_close(moe.auxiliary_loss, 0.1 * router_z_loss(x @ moe.router.weight.T))
+
+
+def test_the_bias_steps_against_the_load():
+    bias = torch.zeros(4)
+    move_bias_(bias, torch.tensor([10.0, 2.0, 4.0, 4.0]), 0.01)
+    assert bias.tolist() == pytest.approx([-0.01, 0.01, 0.01, 0.01])
+    moe = make(bias_update_rate=0.1, router=spec(TopKRouter, scoring="sigmoid", correction_bias=True))
+    x = torch.randn(1, 8, 16, dtype=torch.float64)
+    moe(x)
+    moe(x)
+    assert moe.load.sum() == 32
+    moe.after_step()
+    assert moe.load.sum() == 0
+    assert set(moe.router.e_score_correction_bias.abs().unique().tolist()) <= {0.0, 0.1}
+    before = moe.router.e_score_correction_bias.clone()
+    moe.eval()(x)
+    moe.after_step()
+    assert torch.equal(before, moe.router.e_score_correction_bias)
+
+
+def test_max_violation_at_both_ends():
+    assert max_violation(torch.tensor([5, 5, 5])) == 0
+    assert max_violation(torch.tensor([9, 0, 0])) == pytest.approx(2)
+
+
+def test_statistics_are_plain_numbers():
+    moe = make()
+    moe(torch.randn(1, 32, 16, dtype=torch.float64))
+    s = moe.statistics
+    assert s.load.sum().item() == pytest.approx(1)
+    assert s.max_violation == pytest.approx(s.load.max().item() * 8 - 1, rel=1e-5)
+    p = s.logits.softmax(-1)
+    assert s.entropy == pytest.approx(-(p * p.log()).sum(-1).mean().item())
+    assert set(s.as_dict()) == {"load", "max_violation", "dropped", "entropy", "max_entropy"}
+    assert list(statistics(nn.ModuleDict({"ffn": moe}))) == ["ffn"]
+
+
+# --- shared, latent, upcycled -----------------------------------------------------------------------------------------
+
+
+def test_shared_experts_are_several_side_by_side():
+    """Two shared experts of width 24 are one of width 48."""
+    moe = make(num_shared_experts=2)
+    x = torch.randn(1, 5, 16, dtype=torch.float64)
+    wide = moe.shared_experts
+    halves = []
+    for part in (slice(0, 24), slice(24, 48)):
+        half = SwiGLU(16, d_ff=24).double()
+        half.load_state_dict(
+            {
+                "gate_proj.weight": wide.gate_proj.weight[part],
+                "up_proj.weight": wide.up_proj.weight[part],
+                "down_proj.weight": wide.down_proj.weight[:, part],
+            }
+        )
+        halves.append(half(x))
+    routed = copy.deepcopy(moe)
+    routed.shared_experts = None
+    torch.testing.assert_close(moe(x), routed(x) + halves[0] + halves[1])
+
+
+def test_latent_experts_work_between_two_projections():
+    moe = make(latent_size=8, latent_bias=True, router=spec(TopKRouter, norm_topk_prob=True), num_experts=1, top_k=1)
+    x = torch.randn(1, 5, 16, dtype=torch.float64)
+    inner = SwiGLU(8, d_ff=24).double()
+    inner.load_state_dict({name: p[0] for name, p in moe.experts.state_dict().items()})
+    torch.testing.assert_close(moe(x), moe.latent_out_proj(inner(moe.latent_in_proj(x))))
+
+
+CONFIG = dict(vocab_size=50, d_model=16, norm=spec(RMSNorm))
+
+
+def config(ffn, layers=2):
+    return ModelConfig(layers=layers * (Layer(ffn=ffn),), **CONFIG)
+
+
+def sparse_ffn(**options):
+    router = spec(TopKRouter, norm_topk_prob=True)
+    return spec(MoE, num_experts=4, top_k=2, expert=spec(SwiGLU, d_ff=24), router=router, **options)
+
+
+def test_an_upcycled_model_starts_as_the_dense_one():
+    dense = CausalLM(config(spec(SwiGLU, d_ff=24)))
+    for options in ({}, {"num_shared_experts": 1}):
+        sparse = CausalLM(config(sparse_ffn(**options)))
+        upcycle(dense, sparse)
+        tokens = torch.randint(50, (2, 7))
+        torch.testing.assert_close(sparse(tokens), dense(tokens), atol=1e-5, rtol=1e-5)
+    layer, ffn = MoE(16, **sparse_ffn().options), SwiGLU(16, d_ff=24)
+    upcycle(ffn, layer)
+    x = torch.randn(1, 3, 16)
+    torch.testing.assert_close(layer(x), ffn(x))
+    with pytest.raises(ConfigError, match=r"gate_proj.weight \(4, 24, 16\) can't be filled.*\(20, 16\)"):
+        upcycle(SwiGLU(16, d_ff=20), layer)
+
+
+def test_a_model_with_experts_is_data():
+    """Dense layers among sparse ones; YAML and back; a copy; initial weights; decay; FLOPs on the meta device."""
+    layers = (Layer(ffn=spec(SwiGLU, d_ff=64)), Layer(ffn=sparse_ffn(load_balance_alpha=0.01, num_shared_experts=1)))
+    whole = ModelConfig(layers=layers, **CONFIG)
+    assert ModelConfig.from_yaml(whole.to_yaml()) == whole
+    model = CausalLM(whole)
+    loss = model.loss(torch.randint(50, (2, 9))) + model.auxiliary_loss()
+    loss.backward()
+    assert model.auxiliary_loss().item() >= 0.01 - 1e-6
+    assert copy.deepcopy(model).layers[1].ffn.auxiliary_loss is None
+    assert all(p.grad is not None for p in model.parameters())
+    with torch.no_grad():
+        model(torch.randint(50, (2, 9)))
+    assert model.auxiliary_loss() == 0
+    experts = model.layers[1].ffn.experts
+    assert experts.gate_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert experts.down_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(2), rel=0.1)
+    assert list(statistics(model)) == ["layers.1.ffn"]
+    # 2 FLOPs for each weight that a token meets: 2 routed experts and a shared one, and the router
+    assert flops(whole, time=6).ffn == 6 * 2 * (3 * 16 * 64 + 3 * 3 * 16 * 24 + 4 * 16)
+
+
+def test_stacked_biases_are_free_of_decay():
+    moe = make(expert=EXPERTS["glu with biases"], router=spec(TopKRouter, bias=True))
+    biases = [p for name, p in moe.named_parameters() if name.endswith("bias")]
+    assert len(biases) == 4
+    assert all(p.no_weight_decay for p in biases)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(top_k=9), r"top_k is 9, and must lie between 1 and num_experts = 8"),
+        (dict(top_k=0), r"top_k is 0"),
+        (dict(num_experts=0), r"num_experts is 0"),
+        (dict(top_k=9, router=spec(ExpertChoiceRouter)), r"top_k is 9"),
+        (dict(router=spec(TopKRouter, n_group=3)), r"n_group is 3, and must divide num_experts = 8"),
+        (dict(router=spec(TopKRouter, n_group=4, topk_group=5)), r"topk_group is 5"),
+        (dict(top_k=3, router=spec(TopKRouter, n_group=4)), r"but the topk_group = 1 best groups of 2 hold 2 experts"),
+        (dict(top_k=1, router=spec(TopKRouter, n_group=8, group_score="top2")), r"needs two experts in a group"),
+        (dict(router=spec(TopKRouter, scoring="tanh")), r"scoring is 'tanh'; choose one of softmax"),
+        (dict(router=spec(TopKRouter, group_score="mean")), r"group_score is 'mean'"),
+        (dict(router=spec(TopKRouter, scoring="softmax_of_top_k", correction_bias=True)), r"correction_bias needs"),
+        (dict(router=spec(TopKRouter, jitter=1.0)), r"jitter is 1.0"),
+        (dict(capacity_factor=0.0), r"capacity_factor is 0.0, and must be above 0"),
+        (dict(capacity_factor=-1.0), r"capacity_factor is -1.0"),
+        (dict(eval_capacity_factor=0.0), r"eval_capacity_factor is 0.0"),
+        (dict(balance_over="token"), r"balance_over is 'token'"),
+        (dict(num_shared_experts=-1), r"num_shared_experts is -1"),
+        (dict(num_shared_experts=1, shared_expert=EXPERTS["mlp"]), r"give one of the two"),
+        (dict(shared_expert_gate=True), r"nothing to gate"),
+        (dict(latent_size=0), r"latent_size is 0"),
+        (dict(bias_update_rate=0.1), r"no bias to move"),
+    ],
+)  # fmt: skip
+def test_impossible_options_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**options)
+
+
+def test_an_expert_that_cannot_be_stacked_is_named():
+    class Scaled(nn.Module):
+        def __init__(self, d_model):
+            super().__init__()
+            self.scale, self.proj = nn.Parameter(torch.ones(d_model)), nn.Linear(d_model, d_model)
+
+    with pytest.raises(ConfigError, match="Scaled can't be an expert: scale is in no linear map"):
+        MoE(16, num_experts=2, top_k=1, expert=Scaled)
+
+
+def test_nan_is_named_where_it_arises():
+    moe = make()
+    x = torch.randn(1, 5, 16, dtype=torch.float64)
+    x[0, 2] = math.nan
+    with pytest.raises(FloatingPointError, match=r"logits are NaN for 1 of 5 tokens"):
+        moe(x)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    x, W = torch.randn(4, 8), torch.randn(3, 5, 8)
+    with pytest.raises(ConfigError, match=r"counts has 2 entries for the 3 experts"):
+        expert_linear(x, W, torch.tensor([2, 2]))
+    with pytest.raises(ConfigError, match=r"rows of 7, and weight \(3, 5, 8\) takes rows of 8"):
+        expert_linear(x[:, :7], W, torch.tensor([2, 1, 1]))
