@@ -112,7 +112,8 @@ class LabelBoxes(SphinxTransform):
     def labelled(self, raw: nodes.raw) -> bool:
         position = raw.parent.index(raw) + 1
         after = raw.parent[position] if position < len(raw.parent) else None
-        return isinstance(after, nodes.paragraph) and bool(len(after)) and isinstance(after[0], nodes.strong)
+        words = [child for child in after or () if child.astext()]
+        return isinstance(after, nodes.paragraph) and bool(words) and isinstance(words[0], nodes.strong)
 
 
 class NameSolutions(SphinxTransform):
@@ -150,10 +151,6 @@ def svg_size(app, file: Path) -> str:
     return f'width="{float(size[1]) * 4 / 3:.0f}" height="{float(size[2]) * 4 / 3:.0f}" ' if size else ""
 
 
-def page_data(app, pagename, templatename, context, doctree) -> None:
-    context["book_page"] = pagename.removeprefix("book/").replace("/", "-")
-
-
 def setup(app):
     app.add_css_file("palette.css", priority=700)
     app.add_css_file("fonts.css", priority=700)
@@ -161,5 +158,4 @@ def setup(app):
     app.add_transform(NameSolutions)
     app.connect("builder-inited", bring)
     app.connect("html-page-context", lighten)
-    app.connect("html-page-context", page_data)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
