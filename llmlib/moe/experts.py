@@ -56,7 +56,37 @@ def _segments_why_not(x, weight, counts, bias=None) -> str | None:
 
 @expert_linear.twin("segments", _segments_why_not, measured="two cores of an AMD EPYC, see benchmarks/moe.py")
 def _segments(x, weight, counts, bias=None):
+    if torch.compiler.is_compiling():
+        return _opaque_segments(x, weight, counts, bias)
     return _Segments.apply(x, weight, bias, _sizes(counts, len(x)))
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
+    y = x.new_empty(len(x), weight.shape[1])
+    for e, rows in _busy(sizes):
+        if bias is None:
+            torch.mm(x[rows], weight[e].T, out=y[rows])
+        else:
+            torch.addmm(bias[e], x[rows], weight[e].T, out=y[rows])
+    return y
+
+
+def _differentiate(dy: Tensor, x: Tensor, weight: Tensor, sizes: list[int], needed) -> list[Tensor | None]:
+    """The gradients of x, weight and bias, as far as `needed`."""
+    shapes = x.shape, weight.shape, weight.shape[:2]
+    dx, dW, db = (x.new_empty(shape) if wanted else None for shape, wanted in zip(shapes, needed, strict=True))
+    for e, rows in _busy(sizes):
+        if dx is not None:
+            torch.mm(dy[rows], weight[e], out=dx[rows])
+        if dW is not None:
+            torch.mm(dy[rows].T, x[rows], out=dW[e])
+        if db is not None:
+            torch.sum(dy[rows], dim=0, out=db[e])
+    for e, size in enumerate(sizes):
+        for gradient in (dW, db):
+            if size == 0 and gradient is not None:
+                gradient[e].zero_()
+    return [dx, dW, db]
 
 
 class _Segments(torch.autograd.Function):
@@ -65,38 +95,48 @@ class _Segments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, sizes):
         ctx.save_for_backward(x, weight)
-        ctx.sizes, ctx.has_bias = sizes, bias is not None
-        y = x.new_empty(len(x), weight.shape[1])
-        for e, rows in _busy(sizes):
-            if bias is None:
-                torch.mm(x[rows], weight[e].T, out=y[rows])
-            else:
-                torch.addmm(bias[e], x[rows], weight[e].T, out=y[rows])
-        return y
+        ctx.sizes = sizes
+        return _multiply(x, weight, bias, sizes)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dx, dW, db = (
-            like.new_empty(shape) if needed else None
-            for like, shape, needed in zip(
-                (x, weight, weight), (x.shape, weight.shape, weight.shape[:2]), ctx.needs_input_grad, strict=False
-            )
-        )
-        for e, rows in _busy(ctx.sizes):
-            if dx is not None:
-                torch.mm(dy[rows], weight[e], out=dx[rows])
-            if dW is not None:
-                torch.mm(dy[rows].T, x[rows], out=dW[e])
-            if db is not None:
-                torch.sum(dy[rows], dim=0, out=db[e])
-        for e, size in enumerate(ctx.sizes):
-            if size == 0:
-                for gradient in (dW, db):
-                    if gradient is not None:
-                        gradient[e].zero_()
-        return dx, dW, db, None
+        return *_differentiate(dy, *ctx.saved_tensors, ctx.sizes, ctx.needs_input_grad[:3]), None
+
+
+@torch.library.custom_op("llmlib::expert_linear", mutates_args=())
+def _opaque_segments(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None) -> Tensor:
+    """The same for torch.compile, which can't look inside: the sizes are read from a tensor."""
+    return _multiply(x, weight, bias, counts.tolist())
+
+
+@torch.library.custom_op("llmlib::expert_linear_backward", mutates_args=())
+def _opaque_backward(dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor) -> list[Tensor]:
+    return _differentiate(dy, x, weight, counts.tolist(), (True, True, True))
+
+
+@_opaque_segments.register_fake
+def _(x, weight, counts, bias):  # noqa: ARG001
+    return x.new_empty(len(x), weight.shape[1])
+
+
+@_opaque_backward.register_fake
+def _(dy, x, weight, counts):  # noqa: ARG001
+    return [torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[:2])]
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, counts, bias = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight, counts)
+
+
+def _backward(ctx, dy):
+    dx, dW, db = _opaque_backward(dy, *ctx.saved_tensors)
+    return dx, dW, None, db if ctx.has_bias else None
+
+
+_opaque_segments.register_autograd(_backward, setup_context=_save)
 
 
 def _busy(sizes: list[int]):
@@ -109,6 +149,8 @@ def _busy(sizes: list[int]):
 
 
 def _grouped_mm_why_not(x, weight, counts, bias=None) -> str | None:  # noqa: ARG001
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        return "torch.compile takes it in bfloat16 only"
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no F.grouped_mm; it came with 2.10"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -123,9 +165,20 @@ def _grouped_mm_why_not(x, weight, counts, bias=None) -> str | None:  # noqa: AR
 @expert_linear.twin("grouped_mm", _grouped_mm_why_not, measured="two cores of an AMD EPYC, see benchmarks/moe.py")
 def _grouped_mm(x, weight, counts, bias=None):
     y = F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
-    if y.requires_grad:  # its backward refuses an expanded gradient, such as that of a sum
-        y.register_hook(lambda gradient: gradient.contiguous())
+    y = _ContiguousGradient.apply(y)
     return y if bias is None else y + bias[_expert_of_rows(counts, len(x))]
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """grouped_mm's backward refuses an expanded gradient, such as that of a sum."""
+
+    @staticmethod
+    def forward(_ctx, y):
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(_ctx, gradient):
+        return gradient.contiguous()
 
 
 @expert_linear.twin("dense", lambda *_, **__: None, auto=False)
