@@ -1,0 +1,59 @@
+"""Inputs on which each op of `llmlib.attention` is compared with its twins."""
+
+import torch
+
+
+def heads(b=2, h=4, g=None, t=9, s=None, d=16, e=None, mask=None, bias=None, sinks=False, **options):
+    """mask and bias name shapes in the letters b, h, t, s and 1; a mask leaves the very first query nothing to see."""
+
+    def example(dtype, device):
+        sizes = {"b": b, "h": h, "t": t, "s": s or t, "1": 1}
+        q = torch.randn(b, h, t, d).to(device, dtype)
+        k, v = (torch.randn(b, g or h, s or t, w).to(device, dtype) for w in (d, e or d))
+        more = dict(options)
+        if mask is not None:
+            more["mask"] = torch.rand([sizes[c] for c in mask], device=device) < 0.6
+            more["mask"].flatten(0, -2)[0] = False
+        if bias is not None:
+            more["bias"] = torch.randn([sizes[c] for c in bias], device=device).to(dtype)
+        if sinks:
+            more["sinks"] = torch.randn(h).to(device, dtype)
+        return (q, k, v), more
+
+    return example
+
+
+EXAMPLES = {
+    "attention": [
+        heads(),
+        heads(g=2),
+        heads(g=1, t=70, scale=0.5),
+        heads(causal=False, s=13),
+        heads(causal=False, t=5, s=3),
+        heads(g=2, t=4, s=11),
+        heads(g=2, t=1, s=11),
+        heads(d=24, e=16, g=2),
+        heads(d=16, e=24),
+        heads(d=24, e=16, t=1, s=9, g=1),
+        heads(window=3),
+        heads(g=2, window=1),
+        heads(g=2, window=4, t=3, s=12),
+        heads(window=4, t=1, s=12, g=2),
+        heads(window=3, causal=False),
+        heads(t=300, window=64, d=8, h=2),
+        heads(t=257, window=20, d=8, g=2),
+        heads(t=283, window=70, d=8, e=12, g=1, b=1),
+        heads(mask="b1ts", g=2),
+        heads(mask="ts"),
+        heads(mask="hts", g=2),
+        heads(mask="bh1s", t=1, s=7, g=2),
+        heads(mask="b11s", t=1, s=7, g=2),
+        heads(bias="hts", g=2),
+        heads(bias="1h1s", causal=False),
+        heads(bias="bhts", mask="b1ts", window=4),
+        heads(bias="h1s", t=1, s=6, g=2),
+        heads(sinks=True, g=2),
+        heads(sinks=True, mask="b1ts", window=4),
+        heads(softcap=2.0),
+    ]
+}
