@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from llmlib.errors import require
 from llmlib.norm import at_least_float32
 from llmlib.ops import available, op
 from llmlib.ssm.scan import require_shapes, widen
@@ -40,12 +39,11 @@ def causal_conv(
 def _conv_fits(x, weight, bias=None, *, history=None):
     letters = {"x": "b t d", "weight": "d w", "bias": "d", "history": "b h d"}
     require_shapes(letters, x=x, weight=weight, bias=bias, history=history)
-    require(
-        history is None or history.shape[1] == weight.shape[1] - 1,
-        f"history has {history is not None and history.shape[1]} steps, and a filter of width {weight.shape[1]} "
-        f"looks back at {weight.shape[1] - 1}",
-        ValueError,
-    )
+    if history is not None and history.shape[1] != weight.shape[1] - 1:
+        raise ValueError(
+            f"history has {history.shape[1]} steps, and a filter of width {weight.shape[1]} "
+            f"looks back at {weight.shape[1] - 1}"
+        )
 
 
 def _conv_kernel_refuses(x, weight, bias=None, *, history=None) -> str | None:
@@ -70,13 +68,14 @@ def _by_causal_conv1d(x, weight, bias=None, *, history=None):
 
 @op
 def state_update(
-    state: Float[Tensor, "b h p n"],
     x: Float[Tensor, "b h p"],
     dt: Float[Tensor, "b h #p"],
     A: Float[Tensor, "h #p #n"],
     B: Float[Tensor, "b g n"],
     C: Float[Tensor, "b g n"],
     D: Float[Tensor, "h #p"] | None = None,
+    *,
+    state: Float[Tensor, "b h p n"],
 ) -> tuple[Float[Tensor, "b h p"], Float[Tensor, "b h p n"]]:
     """One step of `ssd`, where dt, A and D have a last axis of 1, or of `selective_scan`, with one head, p = d:
 
@@ -92,7 +91,7 @@ def state_update(
     return (y if D is None else torch.addcmul(y, D, u)).to(x.dtype), state
 
 
-def _update_refuses(state, x, dt, A, B, C, D=None) -> str | None:
+def _update_refuses(x, dt, A, B, C, D=None, *, state) -> str | None:
     if not available("mamba_ssm") or not available("triton"):
         return "the packages mamba_ssm and triton are not both installed"
     if not x.is_cuda:
@@ -105,7 +104,7 @@ def _update_refuses(state, x, dt, A, B, C, D=None) -> str | None:
 
 
 @state_update.twin("mamba-ssm", _update_refuses)
-def _by_selective_state_update(state, x, dt, A, B, C, D=None):
+def _by_selective_state_update(x, dt, A, B, C, D=None, *, state):
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
     state, dt, A = state.clone(), dt.expand_as(x), A.expand(state.shape[1:])

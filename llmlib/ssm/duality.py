@@ -10,9 +10,8 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from llmlib.errors import require
 from llmlib.ops import available, op
-from llmlib.ssm.scan import require_shapes, widen
+from llmlib.ssm.scan import require_shapes, require_time, widen
 
 
 @op
@@ -89,14 +88,18 @@ def _fits(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, return_s
         "x": "b t h p", "dt": "b t h", "A": "h", "B": "b t g n", "C": "b t g n", "D": "h", "initial_state": "b h p n",
     }  # fmt: skip
     require_shapes(letters, x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
-    h, g = x.shape[2], B.shape[2]
-    require(x.shape[1] > 0, f"x has shape {tuple(x.shape)}: a scan needs at least one step of time", ValueError)
-    require(
-        h % g == 0,
-        f"B has {g} groups and x has {h} heads: the number of heads must be a multiple of the number of groups",
-        ValueError,
-    )
-    require(chunk_size >= 1, f"chunk_size is {chunk_size}, and must be at least 1", ValueError)
+    require_time(x)
+    require_groups(x, B)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, and must be at least 1")
+
+
+def require_groups(x: Float[Tensor, "b t h p"], B: Float[Tensor, "b t g n"]) -> None:
+    if x.shape[2] % B.shape[2]:
+        raise ValueError(
+            f"B has {B.shape[2]} groups and x has {x.shape[2]} heads: "
+            f"the number of heads must be a multiple of the number of groups"
+        )
 
 
 def _per_head(x, B, C):

@@ -59,12 +59,11 @@ def where_valid(x: Tensor, valid: Bool[Tensor, "b t"] | None) -> Tensor:
 def held(state: dict | None, name: str, *shape: int) -> Tensor | None:
     """`state[name]`, or None before the first token. A shape other than expected belongs to another layer or batch."""
     tensor = None if state is None else state.get(name)
-    require(
-        tensor is None or tensor.shape == shape,
-        f"state[{name!r}] has shape {tensor is not None and tuple(tensor.shape)}, and this layer with this batch needs "
-        f"{shape}: is it the state of another layer or another batch?",
-        ValueError,
-    )
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(
+            f"state[{name!r}] has shape {tuple(tensor.shape)}, and this layer with this batch needs {shape}: "
+            f"is it the state of another layer or another batch?"
+        )
     return tensor
 
 
@@ -191,7 +190,7 @@ class Mamba(StateSpaceMixer):
         if state is None:
             return selective_scan(x, dt, A, B, C, self.D)
         if x.shape[1] == 1 and h is not None:
-            y, h = state_update(h.unsqueeze(1), x, dt, A.unsqueeze(0), B, C, self.D.unsqueeze(0))
+            y, h = state_update(x, dt, A.unsqueeze(0), B, C, self.D.unsqueeze(0), state=h.unsqueeze(1))
             state["ssm"] = h.squeeze(1)
             return y
         y, state["ssm"] = selective_scan(x, dt, A, B, C, self.D, initial_state=h, return_state=True)
@@ -281,7 +280,7 @@ class Mamba2(StateSpaceMixer):
             return ssd(x, dt, A, B, C, self.D, chunk_size=self.chunk_size)
         if x.shape[1] == 1 and h is not None:
             dt, A, D = dt[:, 0].unsqueeze(-1), A.view(-1, 1, 1), self.D.unsqueeze(-1)
-            y, state["ssm"] = state_update(h, x[:, 0], dt, A, B[:, 0], C[:, 0], D)
+            y, state["ssm"] = state_update(x[:, 0], dt, A, B[:, 0], C[:, 0], D, state=h)
             return y.unsqueeze(1)
         y, state["ssm"] = ssd(
             x, dt, A, B, C, self.D, chunk_size=self.chunk_size, initial_state=h, return_state=True

@@ -10,13 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llmlib.errors import require
 from llmlib.norm import at_least_float32
 from llmlib.ops import available, op
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"({', '.join(map(str, tensor.shape))})"
 
 
 def require_shapes(letters: dict[str, str], **tensors: Tensor | None) -> None:
@@ -25,16 +20,21 @@ def require_shapes(letters: dict[str, str], **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        axes = letters[name].split()
-        form = f"({', '.join(axes)})"
-        require(tensor.ndim == len(axes), f"{name} has shape {_shape(tensor)}, and must be {form}", ValueError)
-        for axis, size in zip(axes, tensor.shape, strict=True):
+        axes, shape = letters[name].split(), tensor.shape
+        if len(shape) != len(axes):
+            raise ValueError(f"{name} has shape {tuple(shape)}, and must be ({', '.join(axes)})")
+        for axis, size in zip(axes, shape, strict=True):
             seen, owner = sizes.setdefault(axis, (size, name))
-            require(
-                seen == size,
-                f"{name} has shape {_shape(tensor)} as {form}, so {axis} = {size}, but {owner} has {axis} = {seen}",
-                ValueError,
-            )
+            if seen != size:
+                raise ValueError(
+                    f"{name} has shape {tuple(shape)} as ({', '.join(axes)}), so {axis} = {size}, "
+                    f"but {owner} has {axis} = {seen}"
+                )
+
+
+def require_time(x: Tensor) -> None:
+    if x.shape[1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}: a scan needs at least one step of time")
 
 
 def widen(*tensors: Tensor | None) -> list:
@@ -82,7 +82,7 @@ def selective_scan(
 def _fits(x, dt, A, B, C, D=None, *, initial_state=None, return_state=False):
     letters = {"x": "b t d", "dt": "b t d", "A": "d n", "B": "b t n", "C": "b t n", "D": "d", "initial_state": "b d n"}
     require_shapes(letters, x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
-    require(x.shape[1] > 0, f"x has shape {_shape(x)}: a scan needs at least one step of time", ValueError)
+    require_time(x)
 
 
 def associative_scan(decay: Float[Tensor, "b t *s"], drive: Float[Tensor, "b t *s"]) -> Float[Tensor, "b t *s"]:

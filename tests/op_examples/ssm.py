@@ -52,13 +52,15 @@ def conv(with_history=False, with_bias=True, t=20, d=16, width=4):
 def update_of_mamba(dtype, device):
     x, B, C, D, h = _random(dtype, device, (2, 1, 16), (2, 1, 8), (2, 1, 8), (1, 16), (2, 1, 16, 8))
     wide = _wide(dtype)
-    return (h.to(wide), x, _steps(dtype, device, 2, 1, 16), _decays(dtype, device, 1, 16, 8), B, C, D.to(wide)), {}
+    args = (x, _steps(dtype, device, 2, 1, 16), _decays(dtype, device, 1, 16, 8), B, C, D.to(wide))
+    return args, {"state": h.to(wide)}
 
 
 def update_of_mamba2(dtype, device):
     x, B, C, D, h = _random(dtype, device, (2, 4, 16), (2, 2, 16), (2, 2, 16), (4, 1), (2, 4, 16, 16))
     wide = _wide(dtype)
-    return (h.to(wide), x, _steps(dtype, device, 2, 4, 1), _decays(dtype, device, 4, 1, 1), B, C, D.to(wide)), {}
+    args = (x, _steps(dtype, device, 2, 4, 1), _decays(dtype, device, 4, 1, 1), B, C, D.to(wide))
+    return args, {"state": h.to(wide)}
 
 
 EXAMPLES = {
