@@ -17,7 +17,7 @@ def byte_model(d_model: int, num_layers: int, num_heads: int, d_ff: int, **optio
 
 
 def pocket() -> ModelConfig:
-    """The model that the page carries: small enough to load with the page, large enough to write something like Python."""
+    """The model that the page carries: small enough to load with it, large enough to write something like Python."""
     return byte_model(64, 3, 4, 192, tie_embeddings=True, max_seq_len=256, name="pocket")
 
 
@@ -29,7 +29,7 @@ def quantise(weight: Float[Tensor, "rows columns"]) -> tuple[Int[Tensor, "rows c
 
 @torch.no_grad()
 def round_weights_(model: CausalLM) -> CausalLM:
-    """Replace each matrix by what 8 bits keep of it, in place, so that Python and the page compute with equal weights."""
+    """Replace each matrix by what 8 bits keep of it, in place: then Python and the page have equal weights."""
     for weight in model.parameters():
         if weight.ndim == 2:
             whole, scale = quantise(weight)
