@@ -249,6 +249,9 @@ def _step(model, data, optimizer, scaler, dtype, clip, step) -> tuple[float, flo
         _require_finite("gradient", norm, step, optimizer)
     scaler.step(optimizer)
     scaler.update()
+    for module in model.modules():
+        if hasattr(module, "after_step"):  # a mixture of experts moves its balancing bias here
+            module.after_step()
     return loss.item(), torch.as_tensor(auxiliary).item(), norm
 
 

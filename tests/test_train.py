@@ -90,8 +90,11 @@ def test_schedule(schedule):
     assert rates[10] == pytest.approx(2.0)
     assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.1)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
-    middle = learning_rate_at(5, steps=11, peak=1.0, schedule=schedule, floor=0.0)
-    assert middle == pytest.approx(1.0 if schedule == "constant" else 0.5)
+    halfway = {"constant": 1.0, "cosine": 0.5, "linear": 0.5, "trapezoid": 1.0}
+    late = {"constant": 1.0, "cosine": (1 + math.cos(0.8 * math.pi)) / 2, "linear": 0.2, "trapezoid": 0.5}
+    for step, expected in ((5, halfway), (8, late)):
+        rate = learning_rate_at(step, steps=11, peak=1.0, schedule=schedule, floor=0.0)
+        assert rate == pytest.approx(expected[schedule])
 
 
 def test_weight_decay_groups():
@@ -118,6 +121,41 @@ def test_auxiliary_loss_is_minimised_but_not_reported_as_loss():
     assert history.auxiliary_losses[-1] < 0.01
     assert torch.allclose(model.head.bias, torch.ones(7), atol=0.05)
     assert history.losses[0] < 3
+
+
+def test_experts_are_balanced_between_steps_and_resume(tmp_path):
+    from llmlib.ffn import SwiGLU
+    from llmlib.model import CausalLM, Layer, ModelConfig, spec
+    from llmlib.moe import MoE, TopKRouter
+    from llmlib.norm import RMSNorm
+
+    router = spec(TopKRouter, scoring="sigmoid", correction_bias=True)
+    moe = spec(MoE, num_experts=4, top_k=1, expert=spec(SwiGLU, d_ff=8), router=router, bias_update_rate=0.01,
+               load_balance_alpha=0.01)  # fmt: skip
+    config = ModelConfig(vocab_size=7, d_model=8, layers=(Layer(ffn=moe),), norm=spec(RMSNorm))
+
+    def build():
+        torch.manual_seed(0)
+        return CausalLM(config)
+
+    whole, resumed = build(), build()
+    expected = train(whole, cycle, steps=6)
+    assert whole.layers[0].ffn.router.e_score_correction_bias.abs().max() > 0
+    assert expected.auxiliary_losses[0] > 0
+    with pytest.raises(KeyboardInterrupt):
+        train(resumed, _interrupted_at(4), steps=6, checkpoint=tmp_path / "moe.pt", checkpoint_every=2)
+    assert train(resumed, cycle, steps=6, checkpoint=tmp_path / "moe.pt", checkpoint_every=2) == expected
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def _interrupted_at(step):
+    def task(at):
+        if at == step:
+            raise KeyboardInterrupt
+        return cycle(at)
+
+    return task
 
 
 def test_ignored_targets_and_several_inputs():
@@ -207,7 +245,7 @@ def test_infinite_gradient_is_caught_before_it_reaches_the_weights():
     ("options", "message"),
     [
         ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"schedule": "cosin"}, "schedule='cosin' is not one of constant, cosine, linear"),
+        ({"schedule": "cosin"}, "schedule='cosin' is not one of constant, cosine, linear, trapezoid"),
         ({"warmup": 11}, "warmup=11 must lie between 0 and steps=10"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
         ({"evaluate_every": 5}, "evaluate_every needs a Corpus"),
