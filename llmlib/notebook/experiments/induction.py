@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from llmlib.attention import Attention
+from llmlib.attention import Attention, qk_clip_
 from llmlib.model import CausalLM, Layer, ModelConfig, spec
 from llmlib.norm import RMSNorm
-from llmlib.notebook.looking import attention_weights
+from llmlib.notebook.looking import attention_weights, largest_logits
 
 VOCAB, TIME, START = 64, 40, 0
 
@@ -43,7 +43,8 @@ def make_model(num_layers: int = 2, seed: int = 0, **options) -> CausalLM:
 
 @dataclass
 class Log:
-    """Measured every few steps: the loss (nats) where the next token is new and where it is a repeat, and scores."""
+    """Measured every few steps: the loss (nats) where the next token is new and where it is a repeat, the best head's
+    `scores` (sink and aside: in the last layer), and the largest logit of all."""
 
     steps: list[int] = field(default_factory=list)
     new: list[float] = field(default_factory=list)
@@ -51,12 +52,15 @@ class Log:
     previous: list[float] = field(default_factory=list)
     induction: list[float] = field(default_factory=list)
     sink: list[float] = field(default_factory=list)
+    aside: list[float] = field(default_factory=list)
+    logit: list[float] = field(default_factory=list)
 
 
 def train_on_repeats(
-    model: CausalLM, steps: int, *, seed: int = 0, learning_rate: float = 3e-3, every: int = 20
-) -> Log:
-    """AdamW on the mean loss over all positions, with 50 steps of warm-up."""
+    model: CausalLM, steps: int, *, seed: int = 0, learning_rate: float = 3e-3, every: int = 20,
+    clip: float | None = None,
+) -> Log:  # fmt: skip
+    """AdamW on the mean loss over all positions, with 50 steps of warm-up; `clip` is QK-clip's limit."""
     generator, log = torch.Generator().manual_seed(seed), Log()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
@@ -66,6 +70,9 @@ def train_on_repeats(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if clip is not None:
+            for layer, logits in zip(model.layers, largest_logits(model, text[:, :-1]), strict=True):
+                qk_clip_(layer.mixer, logits, clip)
         if (step + 1) % every == 0:
             _measure(model, step + 1, log)
     return log
@@ -82,12 +89,15 @@ def _measure(model: CausalLM, step: int, log: Log) -> None:
     found = scores(attention_weights(model, text[:, :-1]), period)
     log.previous.append(found["previous"].max().item())
     log.induction.append(found["induction"].max().item())
+    log.logit.append(max(logits.max().item() for logits in largest_logits(model, text[:, :-1])))
     log.sink.append(found["sink"][-1].max().item())
+    log.aside.append(found["aside"][-1].max().item())
 
 
 def scores(weights: list[Float[Tensor, "b h t s"]], period: Int[Tensor, "b"]) -> dict[str, Float[Tensor, "layer h"]]:
-    """Mean weight of each head on the token before (previous), on the token after the last precedent (induction), both
-    where the text repeats, and on the start token where nothing has a precedent (sink)."""
+    """Mean weight of each head: where the text repeats, on the token before (previous) and on the token after the last
+    precedent (induction); where nothing has a precedent, on the start token (sink) and on no token (aside).
+    """
     b, _, t, _ = weights[0].shape
     again, at, row = repeated(period, t), torch.arange(t), torch.arange(b)[:, None]
     w = torch.stack(weights)  # (layer b h t s); pick takes one key per query, then the mean over the queries chosen
@@ -99,4 +109,5 @@ def scores(weights: list[Float[Tensor, "b h t s"]], period: Int[Tensor, "b"]) ->
         "previous": pick(at - 1, again),
         "induction": pick(at - period[:, None] + 1, again),
         "sink": pick(torch.zeros_like(at), ~again & (at > 3)),
+        "aside": 1 - w.sum(-1).permute(1, 3, 0, 2)[~again & (at > 3)].mean(0),
     }
