@@ -22,6 +22,10 @@ BOXES = {
     "fullsize": "Full size",
 }
 FACES = {"Regular": "400 normal", "It": "400 italic", "Semibold": "600 normal"}
+CHARACTERS = (  # Latin, Greek, punctuation, raised and lowered figures, arrows, mathematical operators
+    (0x20, 0x7E), (0xA0, 0x17F), (0x370, 0x3FF), (0x2010, 0x2033), (0x2070, 0x209F), (0x20AC, 0x20AC), (0x2190, 0x2195),
+    (0x2200, 0x226F), (0x1D62, 0x1D65),
+)  # fmt: skip
 BOX = re.compile(r'<div class="box (\w+)')
 SVG_SIZE = re.compile(r'<svg[^>]*?\bviewBox="[\d.-]+ [\d.-]+ ([\d.]+) ([\d.]+)"', re.S)
 IMAGE = re.compile(r'<img ([^>]*?)src="([^"]*_images/[^"]+)"')
@@ -68,9 +72,7 @@ def write_subset(source: Path, target: Path) -> None:
     )
     font = TTFont(source)
     subsetter = subset.Subsetter(options)
-    subsetter.populate(
-        unicodes=[*range(0x20, 0x7F), *range(0xA0, 0x180), *range(0x2010, 0x2027), 0x2032, 0x2212, 0x20AC]
-    )
+    subsetter.populate(unicodes=[c for first, last in CHARACTERS for c in range(first, last + 1)])
     subsetter.subset(font)
     for record in font["name"].names:
         if record.nameID in (1, 3, 4, 6, 16):

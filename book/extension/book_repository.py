@@ -38,12 +38,13 @@ def configure(app, config) -> None:
         config.html_baseurl = config.ogp_site_url = site()
 
 
-def colab(app, pagename, templatename, context, doctree) -> None:
-    """For the front page, whose own button leads to the first chapter's notebook."""
+def colab(docname: str) -> str | None:
+    """Where Colab opens a notebook of the repository; it reads GitHub's alone."""
     url = repository()
-    context["book_repository"] = url
-    if url and "github.com/" in url:
-        context["book_colab"] = url.replace("https://github.com/", "https://colab.research.google.com/github/")
+    if not url or "github.com/" not in url:
+        return None
+    branch = os.environ.get("BOOK_BRANCH", "main")
+    return url.replace("github.com/", "colab.research.google.com/github/") + f"/blob/{branch}/{docname}.ipynb"
 
 
 def sitemap(app, exception) -> None:
@@ -58,6 +59,5 @@ def sitemap(app, exception) -> None:
 def setup(app):
     app.add_config_value("comments_config", {}, "html")  # Jupyter Book always sets it, for an extension that isn't used
     app.connect("config-inited", configure)
-    app.connect("html-page-context", colab)
     app.connect("build-finished", sitemap)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
