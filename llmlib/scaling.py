@@ -867,11 +867,14 @@ def byte_model(d_model: int, num_layers: int):
     return ModelConfig(vocab_size=256, d_model=d_model, layers=num_layers * (layer,), norm=spec(RMSNorm))
 
 
-def byte_run(d_model: int, num_layers: int, flops: float, *, seed: int = 0, lr_factor: float = 1.0) -> dict:
+def byte_run(
+    d_model: int, num_layers: int, flops: float, *, seed: int = 0, lr_factor: float = 1.0, time: int = 64,
+    batch: int = 16, device: str = "cpu",
+) -> dict:  # fmt: skip
     """Train one model of the experiment with a budget of FLOPs, and measure its loss on files that it hasn't seen.
 
-    N leaves the input embedding out (no products there) and has the head in; one token costs 6N + 6·L·T·d FLOPs, T = 64
-    (half of PaLM's 12: the mask). Learning rate min(.02, .02·(N/6e4)^−.7), flat, then a line to 0 over the last 40 %.
+    N leaves the input embedding out (no products there) and has the head in; one token costs 6N + 6·L·T·d FLOPs
+    (T = `time`; half of PaLM's 12: the mask). Learning rate min(.02, .02·(N/6e4)^−.7), down to 0 over the last 40 %.
     """
     import torch
 
@@ -879,9 +882,9 @@ def byte_run(d_model: int, num_layers: int, flops: float, *, seed: int = 0, lr_f
     from llmlib.model import CausalLM
     from llmlib.train import evaluate, train
 
-    batch, time, corpus = 16, 64, standard_library()
+    corpus = standard_library()
     torch.manual_seed(seed)
-    model = CausalLM(byte_model(d_model, num_layers))
+    model = CausalLM(byte_model(d_model, num_layers)).to(device)
     N = model.num_parameters() - model.embedding.weight.numel()
     per_token = 6 * N + 6 * num_layers * time * d_model
     steps = round(flops / per_token / (batch * time))
@@ -890,7 +893,7 @@ def byte_run(d_model: int, num_layers: int, flops: float, *, seed: int = 0, lr_f
         model, corpus, steps=steps, batch_size=batch, time=time, learning_rate=rate, warmup=min(100, steps // 10),
         schedule="trapezoid", floor=0.0, seed=seed, progress=False,
     )  # fmt: skip
-    loss = evaluate(model, corpus.validation, batch_size=64, time=time, windows=2048)
+    loss = evaluate(model, corpus.validation, batch_size=64, time=time, windows=2**17 // time)
     D = steps * batch * time
     return {
         "d_model": d_model, "num_layers": num_layers, "budget": flops, "seed": seed, "lr_factor": lr_factor,
