@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64, UInt8
+from jaxtyping import Int64, Integer, UInt8
 from torch import Tensor
 
 from llmlib.errors import CorpusError, require
@@ -42,7 +42,7 @@ def encode(text: str | bytes) -> Int64[Tensor, " t"]:
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8).long() if raw else torch.empty(0, dtype=torch.int64)
 
 
-def decode(tokens: Int[Tensor, " t"] | Iterable[int]) -> str:
+def decode(tokens: Integer[Tensor, " t"] | Iterable[int]) -> str:
     """The text that byte tokens stand for; a byte sequence that isn't UTF-8 shows as �."""
     ids = tokens.tolist() if isinstance(tokens, Tensor) else tokens
     return bytes(ids).decode(errors="replace")
