@@ -53,7 +53,7 @@ def rope_frequencies(dim: int, theta: float = 10000.0) -> Float[Tensor, "r"]:
     """θᵢ = theta^(−2i/dim), i = 0 … dim/2 − 1: radians per position of each pair, in float64."""
     require(dim > 0 and dim % 2 == 0, f"RoPE turns pairs, so its width must be even and above 0; it is {dim}")
     require(theta > 0, f"rope_theta is {theta}, and must be above 0")
-    return float(theta) ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return float(theta) ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
 
 
 # Extensions of the context. Each returns (frequencies, what cos and sin are multiplied by). `length` is how long the
@@ -163,7 +163,7 @@ def llama3_scaling(
     original_max_position_embeddings: int,
 ):
     """Llama 3.1: pairs with more than `high_freq_factor` turns in the original length stay, those with fewer than
-    `low_freq_factor` are divided by `factor`, and between them the two are mixed linearly in the turns. arXiv:2407.21783.
+    `low_freq_factor` are divided by `factor`, between them the two are mixed, linearly in the turns. arXiv:2407.21783.
     """
     require(
         high_freq_factor > low_freq_factor,
@@ -304,7 +304,8 @@ def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> Float[Tensor, "h"]:
     """
     require(num_heads >= 1, f"num_heads is {num_heads}, and must be at least 1")
     n = 1 << (num_heads.bit_length() - 1)
-    steps = torch.cat([torch.arange(1, n + 1) / n, (2 * torch.arange(num_heads - n) + 1) / (2 * n)])
+    count = torch.arange(1, n + 1, device="cpu")  # real numbers, also in a model built on the meta device
+    steps = torch.cat([count / n, (2 * count[: num_heads - n] - 1) / (2 * n)])
     return 2.0 ** (-max_bias * steps.double())
 
 

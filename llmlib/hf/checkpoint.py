@@ -1,0 +1,124 @@
+"""A checkpoint on disk: config.json beside safetensors, in one file or in shards with an index."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmlib.errors import CheckpointError
+
+_BLOCK_BYTES = 8 << 20  # what is read at once: reading a tensor whole would need room for it twice
+_REOPEN_BYTES = 256 << 20  # pages of a mapped file stay resident while it is open
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+class Checkpoint:
+    """The tensors of a folder by name. Nothing is read before `copy_` asks for it; pickle files are never opened."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files = self._find()
+        self._open, self._handle, self._read = None, None, 0
+
+    def _find(self) -> dict[str, Path]:
+        index = self.folder / "model.safetensors.index.json"
+        single = self.folder / "model.safetensors"
+        if index.exists():
+            return self._indexed(index)
+        if single.exists():
+            return {name: single for name in self._names(single)}
+        others = sorted(self.folder.glob("*.safetensors"))
+        if len(others) == 1:
+            return {name: others[0] for name in self._names(others[0])}
+        pickles = [p.name for p in (*self.folder.glob("*.bin"), *self.folder.glob("*.pt"), *self.folder.glob("*.pth"))]
+        remedy = (
+            f"; {pickles[0]} holds pickled weights, which can run any code and are never opened: convert them to "
+            f"safetensors" if pickles else ""
+        )  # fmt: skip
+        raise CheckpointError(f"{self.folder} has no model.safetensors and no model.safetensors.index.json{remedy}")
+
+    def _indexed(self, index: Path) -> dict[str, Path]:
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise CheckpointError(f"{index} has no 'weight_map' from tensors to files")
+        for shard in sorted(set(places.values())):
+            if not (self.folder / shard).exists():
+                raise CheckpointError(f"{index} names the shard {shard}, and {self.folder} has no such file")
+            wanted, held = {n for n, s in places.items() if s == shard}, set(self._names(self.folder / shard))
+            if wanted - held:
+                raise CheckpointError(f"{index} says that {shard} holds {min(wanted - held)!r}, and it doesn't")
+            if held - places.keys():
+                raise CheckpointError(f"{shard} holds {min(held - places.keys())!r}, which {index} doesn't name")
+        return {name: self.folder / shard for name, shard in places.items()}
+
+    @staticmethod
+    def _names(file: Path) -> list[str]:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                return list(handle.keys())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is not a whole safetensors file ({error}): download it again") from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def _slice(self, name: str):
+        file = self.files[name]
+        if self._open != file or self._read > _REOPEN_BYTES:
+            self._handle, self._open, self._read = safe_open(file, framework="pt"), file, 0
+        return self._handle.get_slice(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self._slice(name).get_shape())
+
+    def require_floats(self, name: str) -> None:
+        """CheckpointError when a tensor isn't plain floating point (quantised weights, say)."""
+        kind = self._slice(name).get_dtype()
+        if kind not in _FLOATS:
+            raise CheckpointError(
+                f"{self.files[name]}: {name!r} is stored as {kind}, and llmlib reads only "
+                f"{', '.join(sorted(_FLOATS))}: use the unquantised checkpoint"
+            )
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor."""
+        part = self._slice(name)
+        self._read += _bytes(part)
+        return part[...] if part.get_shape() else self._handle.get_tensor(name)
+
+    def copy_(self, target: Tensor, name: str) -> None:
+        """Copy a tensor into one of the same shape, block by block, converting it on the way."""
+        shape = self.shape(name)
+        if not shape:
+            target.copy_(self.read(name))
+            return
+        rows = max(1, _BLOCK_BYTES * shape[0] // max(1, _bytes(self._slice(name))))
+        for start in range(0, shape[0], rows):
+            part = self._slice(name)
+            block = part[start : start + rows]
+            self._read += block.numel() * block.element_size()
+            target[start : start + rows].copy_(block)
+
+
+def _bytes(part) -> int:
+    return torch.Size(part.get_shape()).numel() * (8 if part.get_dtype() == "F64" else 4)
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object, or a CheckpointError that names the file."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no {file}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} can't be read as JSON ({error})") from None
+    if not isinstance(data, dict) or not data:
+        raise CheckpointError(f"{file} holds no JSON object with keys")
+    return data

@@ -1,0 +1,244 @@
+"""Families with LayerNorm and a plain feed-forward: GPT-2, Falcon, GPT-NeoX, Phi, Bloom, MPT."""
+
+from llmlib.attention import Attention
+from llmlib.ffn import MLP
+from llmlib.hf.keys import ACTIVATIONS, Keys, rotary
+from llmlib.hf.loading import family
+from llmlib.hf.tables import linear, norm
+from llmlib.model import Layer, ModelConfig, spec
+from llmlib.norm import LayerNorm
+from llmlib.position import ALiBi, LearnedPosition
+
+B, H = "layers.{i}.", "transformer.h.{i}."
+
+
+def fused(ours: str, theirs: str, step: str, names: str = "qkv") -> dict[str, str]:
+    """Rows for q, k and v out of one stored matrix and its bias."""
+    return {
+        f"{ours}.{n}_proj.{kind}": f"{theirs}.{kind}{first} | {step} {n}"
+        for n in names
+        for kind, first in (("weight", ""), ("bias", ""))
+    }
+
+
+def conv1d(ours: str, theirs: str) -> dict[str, str]:
+    """A map stored as inputs × outputs."""
+    return {f"{ours}.weight": f"{theirs}.weight | T", f"{ours}.bias": f"{theirs}.bias"}
+
+
+GPT2 = {
+    "embedding.weight": "transformer.wte.weight",
+    "position.weight": "transformer.wpe.weight",
+    "head.weight": "lm_head.weight",
+    **norm("final_norm", "transformer.ln_f"),
+    **norm(B + "mixer_norm", H + "ln_1"),
+    **norm(B + "ffn_norm", H + "ln_2"),
+    **{f"{B}mixer.{n}_proj.weight": f"{H}attn.c_attn.weight | T | stacked {n}" for n in "qkv"},
+    **{f"{B}mixer.{n}_proj.bias": f"{H}attn.c_attn.bias | stacked {n}" for n in "qkv"},
+    **conv1d(B + "mixer.o_proj", H + "attn.c_proj"),
+    **conv1d(B + "ffn.up_proj", H + "mlp.c_fc"),
+    **conv1d(B + "ffn.down_proj", H + "mlp.c_proj"),
+}
+
+
+@family("gpt2", table=GPT2, prefix="transformer.", buffers=(r"\.attn\.(masked_)?bias$",))
+def gpt2(c: Keys) -> ModelConfig:
+    c.only("add_cross_attention", False)
+    c.ignore("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
+    d_model, num_heads = c("n_embd", 768, also=("hidden_size",)), c("n_head", 12, also=("num_attention_heads",))
+    scale = (d_model // num_heads) ** -0.5 if c("scale_attn_weights", True) else 1.0
+    ffn = spec(MLP, d_ff=c("n_inner", 4 * d_model), activation=c.choice("activation_function", ACTIVATIONS, "gelu_new"))
+    by_depth = c("scale_attn_by_inverse_layer_idx", False)
+    layers = tuple(
+        Layer(spec(Attention, num_heads=num_heads, bias=True, scale=scale / (i + 1) if by_depth else scale), ffn)
+        for i in range(c("n_layer", 12, also=("num_hidden_layers",)))
+    )
+    length = c("n_positions", 1024, also=("max_position_embeddings",))
+    return ModelConfig(
+        vocab_size=c("vocab_size", 50257), d_model=d_model, layers=layers,
+        norm=spec(LayerNorm, eps=c("layer_norm_epsilon", 1e-5)), position=spec(LearnedPosition, max_positions=length),
+        tie_embeddings=c("tie_word_embeddings", True), max_seq_len=length, name="gpt2",
+    )  # fmt: skip
+
+
+FALCON = {
+    "embedding.weight": "transformer.word_embeddings.weight",
+    "head.weight": "lm_head.weight",
+    **norm("final_norm", "transformer.ln_f"),
+    **fused(B + "mixer", H + "self_attention.query_key_value", "grouped"),
+    **linear(B + "mixer.o_proj", H + "self_attention.dense"),
+    **linear(B + "ffn.up_proj", H + "mlp.dense_h_to_4h"),
+    **linear(B + "ffn.down_proj", H + "mlp.dense_4h_to_h"),
+}
+
+
+def falcon_norms(config: ModelConfig, i: int) -> dict[str, str]:
+    """Two norms of a parallel block have names of their own."""
+    layer = config.layers[i]
+    two = layer.parallel and layer.parallel_norms == 2
+    first, second = ("ln_attn", "ln_mlp") if two else ("input_layernorm", "post_attention_layernorm")
+    return norm(B + "mixer_norm", H + first) | norm(B + "ffn_norm", H + second)
+
+
+@family("falcon", table=FALCON, prefix="transformer.", choose=falcon_norms, buffers=(r"inv_freq$", r"\.alibi$"))
+def falcon(c: Keys) -> ModelConfig:
+    d_model, num_heads = c("hidden_size", also=("n_embed",)), c("num_attention_heads", also=("n_head",))
+    new, bias, width = c("new_decoder_architecture", False), c("bias", False), d_model // num_heads
+    kv = c("num_kv_heads", num_heads, also=("n_head_kv",))
+    kv = kv if new or not c("multi_query", True) else 1
+    parallel = c("parallel_attn", True) or new
+    norms = c("num_ln_in_parallel_attn", None) or (2 if new else 1)
+    c.ignore("rope_parameters", "rope_theta", "rope_scaling", "attention_softmax_in_fp32", "rotary")
+    if c("alibi", False):
+        positions = {"position_bias": spec(ALiBi, bfloat16=True, scale=width**-0.5)}
+    else:
+        positions = rotary(c, width)
+    layer = Layer(
+        spec(Attention, num_heads=num_heads, num_kv_heads=kv, bias=bias, **positions),
+        spec(MLP, d_ff=c("ffn_hidden_size", 4 * d_model), activation=c.choice("activation", ACTIVATIONS, "gelu"),
+             bias=bias),
+        parallel=parallel, parallel_norms=norms,
+    )  # fmt: skip
+    return ModelConfig(
+        vocab_size=c("vocab_size"), d_model=d_model, norm=spec(LayerNorm, eps=c("layer_norm_epsilon", 1e-5)),
+        layers=c("num_hidden_layers", also=("n_layer",)) * (layer,), tie_embeddings=c("tie_word_embeddings", True),
+        max_seq_len=c("max_position_embeddings", 2048), name="falcon",
+    )  # fmt: skip
+
+
+N = "gpt_neox.layers.{i}."
+NEOX = {
+    "embedding.weight": "gpt_neox.embed_in.weight",
+    "head.weight": "embed_out.weight",
+    **norm("final_norm", "gpt_neox.final_layer_norm"),
+    **norm(B + "mixer_norm", N + "input_layernorm"),
+    **norm(B + "ffn_norm", N + "post_attention_layernorm"),
+    **fused(B + "mixer", N + "attention.query_key_value", "grouped"),
+    **linear(B + "mixer.o_proj", N + "attention.dense"),
+    **linear(B + "ffn.up_proj", N + "mlp.dense_h_to_4h"),
+    **linear(B + "ffn.down_proj", N + "mlp.dense_4h_to_h"),
+}
+
+
+@family("gpt_neox", table=NEOX, prefix="gpt_neox.", buffers=(r"attention\.(masked_)?bias$", r"inv_freq$"))
+def gpt_neox(c: Keys) -> ModelConfig:
+    d_model, num_heads, bias = c("hidden_size"), c("num_attention_heads"), c("attention_bias", True)
+    c.ignore("classifier_dropout", "num_labels")
+    layer = Layer(
+        spec(Attention, num_heads=num_heads, bias=bias, **rotary(c, d_model // num_heads, fraction=0.25)),
+        spec(MLP, d_ff=c("intermediate_size"), activation=c.choice("hidden_act", ACTIVATIONS, "gelu")),
+        parallel=c("use_parallel_residual", True), parallel_norms=2,
+    )  # fmt: skip
+    return ModelConfig(
+        vocab_size=c("vocab_size"), d_model=d_model, layers=c("num_hidden_layers") * (layer,),
+        norm=spec(LayerNorm, eps=c("layer_norm_eps", 1e-5)), tie_embeddings=c("tie_word_embeddings", False),
+        max_seq_len=c("max_position_embeddings", None), name="gpt_neox",
+    )  # fmt: skip
+
+
+P = "model.layers.{i}."
+PHI = {
+    "embedding.weight": "model.embed_tokens.weight",
+    **linear("head", "lm_head"),
+    **norm("final_norm", "model.final_layernorm"),
+    **norm(B + "mixer_norm", P + "input_layernorm"),
+    **{row: name for n in "qkv" for row, name in linear(f"{B}mixer.{n}_proj", f"{P}self_attn.{n}_proj").items()},
+    **linear(B + "mixer.o_proj", P + "self_attn.dense"),
+    **norm(B + "mixer.q_norm", P + "self_attn.q_layernorm"),
+    **norm(B + "mixer.k_norm", P + "self_attn.k_layernorm"),
+    **linear(B + "ffn.up_proj", P + "mlp.fc1"),
+    **linear(B + "ffn.down_proj", P + "mlp.fc2"),
+}
+
+
+@family("phi", table=PHI, buffers=(r"inv_freq$",))
+def phi(c: Keys) -> ModelConfig:
+    d_model, num_heads = c("hidden_size"), c("num_attention_heads")
+    norm_spec = spec(LayerNorm, eps=c("layer_norm_eps", 1e-5))
+    layer = Layer(
+        spec(Attention, num_heads=num_heads, num_kv_heads=c("num_key_value_heads", num_heads), bias=True,
+             qk_norm=norm_spec if c("qk_layernorm", False) else None,
+             **rotary(c, d_model // num_heads, fraction=0.5)),
+        spec(MLP, d_ff=c("intermediate_size"), activation=c.choice("hidden_act", ACTIVATIONS, "gelu_new")),
+        parallel=True,
+    )  # fmt: skip
+    return ModelConfig(
+        vocab_size=c("vocab_size"), d_model=d_model, layers=c("num_hidden_layers") * (layer,), norm=norm_spec,
+        tie_embeddings=c("tie_word_embeddings", False), head_bias=True,
+        max_seq_len=c("max_position_embeddings", None), name="phi",
+    )  # fmt: skip
+
+
+BLOOM = {
+    "embedding.weight": "transformer.word_embeddings.weight",
+    "head.weight": "lm_head.weight",
+    **norm("embedding_norm", "transformer.word_embeddings_layernorm"),
+    **norm("final_norm", "transformer.ln_f"),
+    **norm(B + "mixer_norm", H + "input_layernorm"),
+    **norm(B + "ffn_norm", H + "post_attention_layernorm"),
+    **fused(B + "mixer", H + "self_attention.query_key_value", "grouped"),
+    **linear(B + "mixer.o_proj", H + "self_attention.dense"),
+    **linear(B + "ffn.up_proj", H + "mlp.dense_h_to_4h"),
+    **linear(B + "ffn.down_proj", H + "mlp.dense_4h_to_h"),
+}
+
+
+@family("bloom", table=BLOOM, prefix="transformer.")
+def bloom(c: Keys) -> ModelConfig:
+    c.only("apply_residual_connection_post_layernorm", False)
+    c.ignore("slow_but_exact", "masked_softmax_fusion", "attention_softmax_in_fp32", "bias_dropout_fusion",
+             "skip_bias_add", "skip_bias_add_qkv", "offset_alibi", "n_inner", "seq_length")  # fmt: skip
+    d_model, num_heads = c("hidden_size", also=("n_embed",)), c("n_head", also=("num_attention_heads",))
+    norm_spec = spec(LayerNorm, eps=c("layer_norm_epsilon", 1e-5))
+    layer = Layer(
+        spec(Attention, num_heads=num_heads, bias=True, position_bias=spec(ALiBi)),
+        spec(MLP, d_ff=4 * d_model, activation="gelu_tanh"),
+    )
+    return ModelConfig(
+        vocab_size=c("vocab_size"), d_model=d_model, layers=c("n_layer", also=("num_hidden_layers",)) * (layer,),
+        norm=norm_spec, embedding_norm=norm_spec, tie_embeddings=c("tie_word_embeddings", True),
+        max_seq_len=c("seq_length", None), name="bloom",
+    )  # fmt: skip
+
+
+M = "transformer.blocks.{i}."
+MPT = {
+    "embedding.weight": "transformer.wte.weight",
+    "head.weight": "lm_head.weight",
+    "final_norm.weight": "transformer.norm_f.weight",
+    B + "mixer_norm.weight": M + "norm_1.weight",
+    B + "ffn_norm.weight": M + "norm_2.weight",
+    **{f"{B}mixer.{n}_proj.weight": f"{M}attn.Wqkv.weight | stacked {n}" for n in "qkv"},
+    B + "mixer.o_proj.weight": M + "attn.out_proj.weight",
+    B + "ffn.up_proj.weight": M + "ffn.up_proj.weight",
+    B + "ffn.down_proj.weight": M + "ffn.down_proj.weight",
+}
+
+
+@family("mpt", table=MPT, prefix="transformer.")
+def mpt(c: Keys) -> ModelConfig:
+    c.only("no_bias", True)
+    c.only("norm_type", "low_precision_layernorm")
+    c.only("embedding_fraction", 1.0, 1)
+    c.ignore("learned_pos_emb", "init_device", "init_config", "emb_pdrop", "verbose")
+    a = Keys(c("attn_config", {}) | {"model_type": "mpt"}, c.file)
+    a.only("attn_type", "multihead_attention")
+    a.only("prefix_lm", False)
+    a.only("qk_ln", False)
+    a.only("alibi", True)
+    a.ignore("attn_impl", "attn_uses_sequence_id", "attn_pdrop")
+    mixer = spec(
+        Attention, num_heads=c("n_heads"), scale=a("softmax_scale", None), clip_qkv=a("clip_qkv", None),
+        position_bias=spec(ALiBi, max_bias=float(a("alibi_bias_max", 8))),
+    )  # fmt: skip
+    a.finish()
+    c.only("logit_scale", None)
+    d_model = c("d_model")
+    return ModelConfig(
+        vocab_size=c("vocab_size"), d_model=d_model,
+        norm=spec(LayerNorm, eps=c("layer_norm_epsilon", 1e-5), bias=False),
+        layers=c("n_layers") * (
+            Layer(mixer, spec(MLP, d_ff=c("expansion_ratio", 4) * d_model, activation="gelu", bias=False)),
+        ),
+        tie_embeddings=c("tie_word_embeddings", True), max_seq_len=c("max_seq_len", None), name="mpt",
+    )  # fmt: skip

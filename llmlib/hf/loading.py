@@ -1,0 +1,184 @@
+"""`load`: a published checkpoint as a model, by its family's table."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llmlib.errors import CheckpointError, UnsupportedArchitectureError
+from llmlib.hf.checkpoint import Checkpoint, read_json
+from llmlib.hf.keys import Keys
+from llmlib.hf.tables import fill, place
+from llmlib.model import CausalLM, ModelConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one `model_type` is read.
+
+    read    config.json as a ModelConfig
+    table   llmlib's names → stored names (see `tables`)
+    prefix  what every stored name but the head's starts with, in files that were saved with it
+    buffers patterns of stored tensors that hold no weights: masks, inverse frequencies
+    choose  for families whose rows depend on the layer: (config, layer index) → a table that goes before `table`
+    """
+
+    read: Callable[[Keys], ModelConfig]
+    table: dict[str, str]
+    prefix: str = "model."
+    buffers: tuple[str, ...] = ()
+    choose: Callable[[ModelConfig, int], dict[str, str]] | None = None
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def family(model_type: str, **settings) -> Callable:
+    """Register the decorated config reader, with its table, as the family of `model_type`."""
+
+    def register(read: Callable[[Keys], ModelConfig]) -> Callable[[Keys], ModelConfig]:
+        FAMILIES[model_type] = Family(read, **settings)
+        return read
+
+    return register
+
+
+def load(path_or_id: str | Path, device=None, dtype: torch.dtype = torch.float32) -> CausalLM:
+    """A published model, ready to compute: `load("folder")` or, with a network, `load("openai-community/gpt2")`.
+
+    path_or_id  a folder with config.json and safetensors, or a name on the Hugging Face hub
+    device      where to put it (the CPU by default); dtype what to compute in, whatever the file stores
+    Weights are read block by block straight into place, so memory never holds much more than the model.
+    Raises CheckpointError (a file, tensor or key is missing, surplus, broken or of the wrong shape) and
+    UnsupportedArchitectureError (an unknown model_type, or a key that would change the result and isn't understood).
+    """
+    folder = find(path_or_id)
+    config, chosen = read_config(folder)
+    source = Checkpoint(folder)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    model = model.to(dtype).to_empty(device=device or "cpu")
+    fill_model(model, chosen, source)
+    return model.eval().requires_grad_(False)
+
+
+def find(path_or_id: str | Path) -> Path:
+    """A local folder, or one that `huggingface_hub` has fetched."""
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)):
+        raise CheckpointError(f"there is no folder {folder}")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(
+            f"there is no folder {folder}; to fetch {path_or_id!r} from the hub: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:  # noqa: BLE001  (the hub's client raises whatever its transport does)
+        raise CheckpointError(
+            f"there is no folder {folder}, and {path_or_id!r} couldn't be fetched from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
+            f"Give the path of a folder with config.json and model.safetensors"
+        ) from None
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, Family]:
+    """The config of a checkpoint, and the family that reads it."""
+    import llmlib.hf.families  # noqa: F401  (registers them)
+
+    file = Path(folder) / "config.json"
+    data = read_json(file)
+    kind = data.get("model_type")
+    if kind not in FAMILIES:
+        raise UnsupportedArchitectureError(
+            f"{file}: model_type is {kind!r}; llmlib reads {', '.join(sorted(FAMILIES))}"
+        )
+    keys = Keys(data, file)
+    try:
+        config = FAMILIES[kind].read(keys)
+    except (TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{file}: a value has the wrong type ({error})") from None
+    keys.finish()
+    return config, FAMILIES[kind]
+
+
+@torch.no_grad()
+def fill_model(model: CausalLM, chosen: Family, source: Checkpoint) -> None:
+    """Copy every weight into place; every parameter must be filled, and every stored tensor used."""
+    source = _Prefixed(source, chosen.prefix)
+    used: set[str] = set()
+    for name, parameter in model.named_parameters():
+        row, i = place(name)
+        table = chosen.table if i is None or chosen.choose is None else chosen.table | chosen.choose(model.config, i)
+        if row not in table:
+            raise CheckpointError(f"the table of {model.config.name or 'this family'} has no row for {name}")
+        owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0] if i is not None else "")
+        used.update(fill(parameter, table[row], i, owner, source, name))
+    surplus = [n for n in source if n not in used and not any(re.search(p, n) for p in chosen.buffers)]
+    if model.head is None:
+        surplus = [n for n in surplus if not _repeats_embedding(n, model.embedding, source)]
+    if surplus:
+        raise CheckpointError(
+            f"{source.folder} holds {len(surplus)} tensor{'s' * (len(surplus) > 1)} that this config has no place for: "
+            f"{', '.join(sorted(surplus)[:4])}{' …' if len(surplus) > 4 else ''}"
+        )
+
+
+def _repeats_embedding(name: str, embedding: nn.Embedding, source) -> bool:
+    """Whether a tensor is the tied head, stored once more; a head of other numbers is an error."""
+    if not name.endswith(("lm_head.weight", "embed_out.weight")):
+        return False
+    stored = source.read(name).to(embedding.weight)
+    if stored.shape != embedding.weight.shape or not torch.equal(stored, embedding.weight):
+        raise CheckpointError(
+            f"{source.files[name]}: the config ties the head to the embedding, and {name!r} differs from it"
+        )
+    return True
+
+
+@dataclass
+class _Prefixed:
+    """A checkpoint seen under the names of the table, whether it was saved with the family's prefix or without."""
+
+    source: Checkpoint
+    prefix: str
+    bare: bool = field(init=False)
+
+    def __post_init__(self):
+        self.bare = not any(name.startswith(self.prefix) for name in self.source)
+        self.folder = self.source.folder
+        self.files = {self._seen(name): file for name, file in self.source.files.items()}
+
+    def _seen(self, name: str) -> str:
+        return self.prefix + name if self.bare and not _is_head(name) else name
+
+    def _stored(self, name: str) -> str:
+        return name.removeprefix(self.prefix) if self.bare else name
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def __iter__(self):
+        return iter(self.files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(self._stored(name))
+
+    def require_floats(self, name: str) -> None:
+        self.source.require_floats(self._stored(name))
+
+    def read(self, name: str) -> Tensor:
+        return self.source.read(self._stored(name))
+
+    def copy_(self, target: Tensor, name: str) -> None:
+        self.source.copy_(target, self._stored(name))
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith(("lm_head.", "embed_out."))

@@ -1,0 +1,141 @@
+"""Tiny random checkpoints of published families, made by transformers with weights scaled so that everything matters."""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import torch
+
+SMALL = {"vocab_size": 97, "max_position_embeddings": 64}
+LLAMA = SMALL | {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+FALCON = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+NEOX = SMALL | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+GEMMA = LLAMA | {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 4}
+
+CASES: dict[str, tuple[str, dict]] = {
+    "gpt2": ("gpt2", GPT2),
+    "gpt2-scaled-by-layer": ("gpt2", GPT2 | {"scale_attn_by_inverse_layer_idx": True, "n_inner": 40}),
+    "gpt2-unscaled": ("gpt2", GPT2 | {"scale_attn_weights": False, "activation_function": "relu"}),
+    "gpt2-untied": ("gpt2", GPT2 | {"tie_word_embeddings": False, "reorder_and_upcast_attn": True}),
+    "falcon-7b-style": ("falcon", FALCON),
+    "falcon-40b-style": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b-style": (
+        "falcon",
+        FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon-rw-style": (
+        "falcon",
+        FALCON | {"alibi": True, "parallel_attn": False, "bias": True, "multi_query": False, "ffn_hidden_size": 80},
+    ),
+    "falcon-multihead-rotary": ("falcon", FALCON | {"multi_query": False, "bias": True, "tie_word_embeddings": False}),
+    "llama": ("llama", LLAMA),
+    "llama-biases-tied": (
+        "llama",
+        LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 12},
+    ),
+    "llama-3.1-scaling": (
+        "llama",
+        LLAMA | {"rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32}},
+    ),
+    "llama-yarn": (
+        "llama",
+        LLAMA | {"head_dim": 16, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}},
+    ),
+    "llama-linear": (
+        "llama", LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}
+    ),
+    "llama-dynamic": (
+        "llama",
+        LLAMA | {"max_position_embeddings": 16,
+                 "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}},
+    ),
+    "mistral": ("mistral", LLAMA | {"sliding_window": 8}),
+    "mistral-no-window": ("mistral", LLAMA | {"sliding_window": None, "head_dim": 12}),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen2-windows": ("qwen2", LLAMA | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("qwen3", LLAMA | {"head_dim": 12}),
+    "qwen3-biases": ("qwen3", LLAMA | {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", GEMMA | {"query_pre_attn_scalar": 20}),
+    "gemma2-uncapped": ("gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("gemma3_text", GEMMA | {"num_hidden_layers": 7, "query_pre_attn_scalar": 20}),
+    "gemma3-scaled": (
+        "gemma3_text",
+        GEMMA | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+                 "final_logit_softcapping": 10.0, "rope_parameters": {
+                     "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                     "full_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 8.0}}},
+    ),
+    "olmo2": ("olmo2", LLAMA),
+    "phi": ("phi", LLAMA),
+    "phi-qk-norm": ("phi", LLAMA | {"qk_layernorm": True, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25}, "head_dim": None}),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox-sequential": (
+        "gpt_neox", NEOX | {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"}
+    ),
+    "bloom": ("bloom", {"vocab_size": 97, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
+    "bloom-six-heads": ("bloom", {"vocab_size": 97, "hidden_size": 48, "n_layer": 2, "n_head": 6}),
+    "mpt": ("mpt", {"vocab_size": 97, "d_model": 32, "n_layers": 3, "n_heads": 4, "expansion_ratio": 3}),
+    "mpt-clipped": (
+        "mpt",
+        {"vocab_size": 97, "d_model": 48, "n_layers": 2, "n_heads": 6, "tie_word_embeddings": False,
+         "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.2, "alibi_bias_max": 4}},
+    ),
+    "granite": (
+        "granite",
+        LLAMA | {"embedding_multiplier": 6.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4,
+                 "logits_scaling": 3.0, "tie_word_embeddings": True},
+    ),
+}  # fmt: skip
+
+
+def reference(case: str, seed: int = 0):
+    """transformers' model for a case, float32, eager attention, every weight drawn anew."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind, options = CASES[case]
+    config = CONFIG_MAPPING[kind](**options)
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
+    scale_weights_(model)
+    return model
+
+
+@torch.no_grad()
+def scale_weights_(model) -> None:
+    """Gains spread around their mean, biases away from 0, matrices with gain one: leaving anything out shows."""
+    for name, p in model.named_parameters():
+        if p.ndim >= 2 and "conv1d" not in name and "A_log" not in name:
+            fan_in = p.shape[0] if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p.shape[-1]
+            embedding = any(word in name for word in ("embed", "wte", "wpe"))
+            p.normal_(0, 1.0 if embedding else 1.3 / math.sqrt(fan_in))
+        elif not name.endswith(("A_log", "dt_bias", "dt_proj.bias")):
+            p.add_(torch.randn_like(p) * 0.3)
+
+
+@functools.cache
+def saved(case: str, folder: Path) -> tuple[object, Path]:
+    """The reference and the folder that `save_pretrained` made of it."""
+    model = reference(case)
+    place = folder / case
+    model.save_pretrained(place)
+    return model, place
+
+
+def edit_config(folder: Path, **changes) -> None:
+    """Set keys of a saved config.json; None removes one."""
+    file = folder / "config.json"
+    data = json.loads(file.read_text())
+    for key, value in changes.items():
+        data.pop(key, None) if value is None else data.__setitem__(key, value)
+    file.write_text(json.dumps(data))
