@@ -111,14 +111,13 @@ class MoE(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         self.auxiliary_loss = self.statistics = None
-        if x.numel() == 0:
-            return torch.zeros_like(x)
         tokens = x.flatten(0, 1)
         routing = self.router(tokens)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is not None and not x.is_meta:
             routing = routing.limited(math.ceil(factor * len(tokens) * self.top_k / self.num_experts))
-        self._take_note(routing, x.shape[0])
+        if len(tokens):
+            self._take_note(routing, x.shape[0])
         y = self._routed(tokens, routing)
         if self.shared_experts is not None:
             y = y + self._shared(tokens)

@@ -1,0 +1,79 @@
+"""Expert parallelism: two processes, each with half the experts and half the batch, do what one process does."""
+
+import subprocess
+import sys
+
+import torch
+
+from llmlib.ffn import GLU
+from llmlib.model import spec
+from llmlib.moe import MoE, TopKRouter, parallelise_experts, reduce_gradients
+
+OPTIONS = dict(
+    num_experts=4, top_k=2, expert=spec(GLU, d_ff=12, bias=True), num_shared_experts=1, bias_update_rate=0.1,
+    router=spec(TopKRouter, scoring="sigmoid", norm_topk_prob=True, correction_bias=True),
+)  # fmt: skip
+
+
+def test_two_processes_equal_one():
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("equal") == 2, done.stdout
+
+
+def worker():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from llmlib.errors import ConfigError
+
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("experts",))
+    rank = mesh.get_local_rank()
+    torch.manual_seed(0)
+    whole = MoE(8, **OPTIONS).double()
+    whole.reset_parameters(std=0.5)
+    whole.experts.gate_proj.bias.data.normal_()
+    half = MoE(8, **OPTIONS).double()
+    half.load_state_dict(whole.state_dict())
+    parallelise_experts(half, mesh)
+    assert half.experts.up_proj.weight.shape == (2, 12, 8)
+    assert all(p.no_weight_decay for name, p in half.experts.named_parameters() if name.endswith("bias"))
+    # uneven on purpose: the second process has fewer tokens, and one expert of the first gets none from it
+    x, up = torch.randn(2, 2, 9, 8, dtype=torch.float64).unbind(0)
+    mine = slice(0, 1) if rank == 0 else slice(1, 2)
+    part = (x[mine] if rank == 0 else x[mine, :5]).clone().requires_grad_()
+    y = half(part)
+    (y * up[mine, : y.shape[1]]).sum().backward()
+    reduce_gradients(half, mesh)
+
+    rows = torch.cat([x[0], x[1, :5]])[None].requires_grad_()
+    expected = whole(rows)
+    (expected * torch.cat([up[0], up[1, :5]])[None]).sum().backward()
+    own = slice(0, 9) if rank == 0 else slice(9, 14)
+    torch.testing.assert_close(y[0], expected[0, own], atol=1e-12, rtol=0)
+    torch.testing.assert_close(part.grad[0], rows.grad[0, own], atol=1e-12, rtol=0)
+    for (name, a), b in zip(half.named_parameters(), whole.parameters(), strict=True):
+        wanted = b.grad[2 * rank : 2 * rank + 2] if name.startswith("experts.") else b.grad
+        torch.testing.assert_close(a.grad, wanted, atol=1e-12, rtol=0, msg=name)
+    half.after_step()
+    whole.after_step()
+    torch.testing.assert_close(half.router.e_score_correction_bias, whole.router.e_score_correction_bias)
+
+    nothing = half(x[:, :0] if rank == 0 else x[:, :3])  # a process without tokens still serves the others
+    torch.testing.assert_close(nothing, whole(x[:, :0] if rank == 0 else x[:, :3]), atol=1e-12, rtol=0)
+    try:
+        parallelise_experts(MoE(8, **{**OPTIONS, "num_experts": 5}), mesh)
+    except ConfigError as error:
+        assert "num_experts is 5, and can't be shared out evenly among 2" in str(error)
+    else:
+        raise AssertionError("5 experts in 2 processes went through")
+    print("equal", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    worker()
