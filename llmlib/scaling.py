@@ -674,7 +674,8 @@ def moe_optimal(C, experts, memory=None, ffn_share: float = 2 / 3):
 
 
 PRECISION_REACH = {"weights": 2.6745, "activations": 2.2102, "kv": 0.9578}
-"""γ in bits for weights, activations and the KV cache, Kumar et al., arXiv 2411.04330."""
+"""γ in bits for weights, activations and KV cache, as quoted for Kumar et al., arXiv 2411.04330 (unverified: not
+checked against the paper's table)."""
 
 
 def precision(N, *, weights=16.0, activations=16.0, kv=16.0, reach=None):
