@@ -112,7 +112,9 @@ def yarn_scaling(
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = (
+        (torch.arange(dim // 2, dtype=torch.float64, device=frequencies.device) - low) / max(high - low, 0.001)
+    ).clamp(0, 1)
     if attention_factor is None:
         split = mscale and mscale_all_dim
         attention_factor = (
