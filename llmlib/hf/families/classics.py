@@ -88,7 +88,7 @@ def falcon(c: Keys) -> ModelConfig:
     kv = kv if new or not c("multi_query", True) else 1
     parallel = c("parallel_attn", True) or new
     norms = c("num_ln_in_parallel_attn", None) or (2 if new else 1)
-    c.ignore("rope_parameters", "rope_theta", "rope_scaling", "attention_softmax_in_fp32", "rotary")
+    c.ignore("rope_parameters", "rope_theta", "rope_scaling", "attention_softmax_in_fp32", "rotary", "multi_query")
     if c("alibi", False):
         positions = {"position_bias": spec(ALiBi, bfloat16=True, scale=width**-0.5)}
     else:
@@ -217,28 +217,20 @@ MPT = {
 
 @family("mpt", table=MPT, prefix="transformer.")
 def mpt(c: Keys) -> ModelConfig:
-    c.only("no_bias", True)
-    c.only("norm_type", "low_precision_layernorm")
-    c.only("embedding_fraction", 1.0, 1)
-    c.ignore("learned_pos_emb", "init_device", "init_config", "emb_pdrop", "verbose")
-    a = Keys(c("attn_config", {}) | {"model_type": "mpt"}, c.file)
-    a.only("attn_type", "multihead_attention")
-    a.only("prefix_lm", False)
-    a.only("qk_ln", False)
-    a.only("alibi", True)
-    a.ignore("attn_impl", "attn_uses_sequence_id", "attn_pdrop")
+    # transformers reads none of these: it always has ALiBi with slopes from 2⁻⁸, no biases, and a fourfold width
+    c.ignore("no_bias", "norm_type", "embedding_fraction", "expansion_ratio", "logit_scale", "learned_pos_emb",
+             "init_device", "init_config", "emb_pdrop", "verbose")  # fmt: skip
+    a = c("attn_config", {})
     mixer = spec(
-        Attention, num_heads=c("n_heads"), scale=a("softmax_scale", None), clip_qkv=a("clip_qkv", None),
-        position_bias=spec(ALiBi, max_bias=float(a("alibi_bias_max", 8))),
+        Attention, num_heads=c("n_heads"), scale=a.get("softmax_scale"), clip_qkv=a.get("clip_qkv") or None,
+        position_bias=spec(ALiBi),
     )  # fmt: skip
-    a.finish()
-    c.only("logit_scale", None)
     d_model = c("d_model")
     return ModelConfig(
         vocab_size=c("vocab_size"), d_model=d_model,
         norm=spec(LayerNorm, eps=c("layer_norm_epsilon", 1e-5), bias=False),
         layers=c("n_layers") * (
-            Layer(mixer, spec(MLP, d_ff=c("expansion_ratio", 4) * d_model, activation="gelu", bias=False)),
+            Layer(mixer, spec(MLP, d_ff=4 * d_model, activation="gelu", bias=False)),
         ),
         tie_embeddings=c("tie_word_embeddings", True), max_seq_len=c("max_seq_len", None), name="mpt",
     )  # fmt: skip
