@@ -29,9 +29,9 @@ export const formulas = (() => {
     };
     return law;
   };
-  // halves [low, high] until it can't be halved; rises(x): the sought point lies below x
-  const bisect = (low, high, below) => {
-    for (let i = 0; i < 200; i++) { const middle = (low + high) / 2; if (below(middle)) high = middle; else low = middle; }
+  // halves [low, high]; below(x): the sought point lies below x
+  const bisect = (low, high, below, times = 200) => {
+    for (let i = 0; i < times; i++) { const middle = (low + high) / 2; if (below(middle)) high = middle; else low = middle; }
     return (low + high) / 2;
   };
 
@@ -63,7 +63,7 @@ export const formulas = (() => {
   const served_and_constrained = (law, L, served, unique, reach, start) => {
     const tokens = (N) => {
       if (data_constrained(N, 1e30, unique, law, reach) > L) return Infinity;
-      return Math.exp(bisect(Math.log(1), Math.log(1e30), (x) => data_constrained(N, Math.exp(x), unique, law, reach) < L));
+      return Math.exp(bisect(Math.log(1), Math.log(1e30), (x) => data_constrained(N, Math.exp(x), unique, law, reach) < L, 64));
     };
     const cost = (x) => { const N = Math.exp(x), D = tokens(N); return D === Infinity ? 1e99 * (1 + Math.exp(-x / 50)) : lifetime_flops(N, D, served); };
     let low = Math.log(start) - 7, high = Math.log(start) + 0.5;
@@ -290,7 +290,7 @@ const LIMITS = {
   compute: [1e9, 1e29], N: [1e3, 1e14], D: [1e3, 1e16], served: [0, 1e18], unique: [0, 1e16], experts: [1, 32], memory: [0, 1e14], weights: [1, 16], activations: [1, 16], kv: [1, 16],
   chips: [1, 1e6], mfu: [0.01, 1], price: [0.01, 100], drop: [0, 20], delta: [1e-5, 1], digits: [0, 8], width: [1.5, 100], shift: [0.1, 10], low: [100, 1e8], high: [1e4, 1e12],
 };
-const CHOICES = { counting: ["total", "without"], runs: ["book", "simulated", "pasted"], objective: ["sum", "mean"] };
+const CHOICES = { counting: ["law", "total", "without"], runs: ["book", "simulated", "pasted"], objective: ["sum", "mean"] };
 const TABS = [["mine", "My model"], ["certainty", "How sure?"], ["constants", "Constants"], ["serving", "Serving & data"], ["hardware", "Hardware"], ["experts", "Experts & bits"], ["recipe", "Recipe"], ["refit", "Refit"], ["biases", "Biases"]];
 const SHARED = [...Object.keys(LIMITS), ...Object.keys(CHOICES), "law", "chip", "constants", "tab"];
 const GREEK = { E: "E", A: "A", B: "B", alpha: "α", beta: "β" };
@@ -323,7 +323,7 @@ export const situation = (get) => {
 export default {
   render({ model, el }) {
     const F = formulas, h = lm.h, get = (key) => model.get(key), put = (values) => lm.put(model, values);
-    const flops = (C) => lm.sci(C), typed = (C) => C.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e"), percent = (x) => `${lm.num(100 * x, x < 0.1 ? 2 : 3)} %`, nats = (L) => L.toFixed(3), ratio = (x) => lm.num(x, x < 10 ? 2 : 3);
+    const flops = (C) => lm.sci(C), typed = (C) => C.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e"), percent = (x) => `${lm.num(100 * x, Math.abs(x) < 0.1 ? 2 : 3)}\u00a0%`, nats = (L) => L.toFixed(3), ratio = (x) => lm.num(x);
     const models = get("models"), labels = get("labels"), laws = get("laws"), draws = { ...get("draws") }, names = { ...labels };
     if (get("data").length === 0 && get("runs") === "book") put({ runs: "simulated" });
     const start = Object.fromEntries(SHARED.map((key) => [key, get(key)]));
@@ -334,7 +334,7 @@ export default {
       .budget { font-size:1.06em; } .budget input[type=text] { width:7.2em; font-weight:650; }
       .tabs { display:flex; flex-wrap:wrap; gap:3px; margin:14px 0 0; border-bottom:2px solid var(--line); } .tabs button { border:0; border-radius:8px 8px 0 0; background:none; padding:6px 11px; color:var(--soft); margin-bottom:-2px; border-bottom:3px solid transparent; }
       .tabs button[aria-selected=true] { color:var(--ink); font-weight:650; border-bottom-color:var(--accent); background:var(--raise); } .tab { padding:12px 2px 4px; min-height:150px; } .tab p { max-width:80ch; }
-      .grow { flex:1 1 260px !important; min-width:0; } .figure { font-weight:600; margin:.2em 0 0 !important; font-size:.95em; } .bad { color:var(--ink); border-left:4px solid var(--red); padding-left:8px; } .quiet { color:var(--soft); font-size:.9em; } .you { font-weight:650; }
+      .map { flex:1.35 1 330px !important; } .grow { flex:1 1 260px !important; min-width:0; } .figure { font-weight:600; margin:.2em 0 0 !important; font-size:.95em; } .bad { color:var(--ink); border-left:4px solid var(--red); padding-left:8px; } .quiet { color:var(--soft); font-size:.9em; } .you { font-weight:650; } .legend span { margin-right:14px; white-space:nowrap; display:inline-block; } .legend span:last-child { white-space:normal; } .legend i { display:inline-block; width:10px; height:10px; border-radius:50%; margin-right:5px; }
       .model { cursor:pointer; } .model:focus { outline:none; } .model:focus-visible circle { stroke:var(--accent); stroke-width:3.5; } .foot .row { justify-content:space-between; margin-top:14px; align-items:center; }
       @media (max-width:560px) { .tiles { grid-template-columns:repeat(2,minmax(0,1fr)); } .tabs { flex-wrap:nowrap; overflow-x:auto; } .tabs button { white-space:nowrap; } }`));
 
@@ -354,8 +354,8 @@ export default {
 
     let now = situation(get);
     const counted = (N) => { // how the reader counts; Kaplan's law counts without embeddings, the others with
-      const without = get("counting") === "without";
-      return now.kaplan ? (without ? N : F.total_parameters(N)) : without ? F.without_embeddings(N) : N;
+      const how = get("counting");
+      return how === "total" && now.kaplan ? F.total_parameters(N) : how === "without" && !now.kaplan ? F.without_embeddings(N) : N;
     };
     const band = (f, level = 0.8) => { // quantiles over the resampled laws
       const rows = draws[get("law")]; if (!rows || rows.length < 20) return null;
@@ -363,9 +363,10 @@ export default {
       return { low: F.quantile(values, (1 - level) / 2), middle: F.quantile(values, 0.5), high: F.quantile(values, (1 + level) / 2), values };
     };
     const plainBand = () => !get("unique") && !now.capped && Math.abs(now.kept - 1) < 1e-12;
+    const what = () => (get("law") === "moe" ? "active parameters" : get("counting") === "without" || (now.kaplan && get("counting") === "law") ? "parameters without embeddings" : "parameters");
     const sentence = () => {
       const a = now.answers, sure = plainBand() ? band((l) => l.tokens_per_parameter(get("compute"))) : null;
-      const parts = [`With ${flops(get("compute"))} FLOPs, train ${lm.si(counted(a.N_opt))} ${get("law") === "moe" ? "active " : ""}parameters${get("counting") === "without" ? " (without embeddings)" : ""} on ${lm.si(a.D_opt)} tokens: ${ratio(a.D_opt / counted(a.N_opt))} per parameter${sure ? ` (80 % of resampled laws: ${ratio(sure.low)} to ${ratio(sure.high)})` : ""}. Predicted loss ${nats(a.loss)} nats per token.`];
+      const parts = [`With ${flops(get("compute"))} FLOPs, train ${lm.si(counted(a.N_opt))} ${what()} on ${lm.si(a.D_opt)} tokens: ${ratio(a.D_opt / counted(a.N_opt))} per parameter${sure ? ` (80\u00a0% of resampled laws: ${ratio(sure.low)} to ${ratio(sure.high)})` : ""}. Predicted loss ${nats(a.loss)} nats per token.`];
       if (get("unique") && a.D_opt > get("unique")) parts.push(`That is ${lm.num(a.D_opt / get("unique"), 2)} epochs over ${lm.si(get("unique"))} unique tokens.`);
       if (now.capped) parts.push("The memory cap decides the size.");
       if (a.N_serve) parts.push(`To serve ${lm.si(get("served"))} tokens at that loss, train ${lm.si(a.N_serve)} on ${lm.si(a.D_serve)} instead: ${percent(a.saved)} less compute over its life.`);
@@ -376,24 +377,24 @@ export default {
     const decades = (x) => Math.floor(Math.log10(x));
     const frame = () => { // the window moves in whole decades, so it holds still while a point is dragged
       const [n, d] = [now.answers.N_opt, now.answers.D_opt].map(decades);
-      return n >= 7 && n <= 12 && d >= 8 && d <= 14 ? { N: [1e7, 1e13], D: [1e9, 1e15] } : { N: [10 ** (n - 3), 10 ** (n + 3)], D: [10 ** (d - 3), 10 ** (d + 3)] };
+      return n >= 8 && n <= 12 && d >= 10 && d <= 14 ? { N: [1e8, 1e13], D: [1e10, 1e15] } : { N: [10 ** (n - 2), 10 ** (n + 3)], D: [10 ** (d - 2), 10 ** (d + 3)] };
     };
     let view = frame();
     const iso = lm.chart({
-      label: () => `Loss against parameters at ${flops(get("compute"))} FLOPs: least at ${lm.si(now.answers.N_opt)} parameters, ${nats(now.answers.loss)} nats.`, height: 330, margin: { left: 50, top: 14 },
+      label: () => `Loss against parameters at ${flops(get("compute"))} FLOPs: least at ${lm.si(now.answers.N_opt)} parameters, ${nats(now.answers.loss)} nats.`, height: () => (el.clientWidth < 600 ? 300 : 370), margin: { left: 50, top: 14 },
       x: () => ({ domain: view.N, log: true, label: "parameters N", format: (v) => lm.si(v) }),
       y: () => { const low = now.loss(...now.best(get("compute") * 1e3)), high = now.loss(...now.best(get("compute") / 1e3)), room = high - low; return { domain: [Math.max(now.floor, low - 0.05 * room), high + 0.15 * room], label: "loss, nats per token" }; },
       readout: (N) => { const D = get("compute") / (6 * N); return `${lm.si(N)} parameters, ${lm.si(D)} tokens\n${lm.num(D / N)} per parameter · loss ${nats(now.loss(N, D))}`; },
       draw(p) {
         const C = get("compute"), a = now.answers, sizes = lm.logrange(view.N[0], view.N[1], 121);
         if (now.floor > p.y.domain[0]) p.hline(now.floor, { color: "soft", dash: "2 4", width: 1 });
-        for (const k of [-2, -1, 1, 2]) { const c = C * 10 ** k; p.line(sizes.map((N) => [N, now.loss(N, c / (6 * N))]), { color: "grey", width: 1, opacity: 0.75 }); const [n] = now.best(c), L = now.loss(...now.best(c)); p.text(n, L, k < 0 ? `÷${10 ** -k}` : `×${10 ** k}`, { color: "soft", size: 11, anchor: "middle", dy: k < 0 ? -5 : 14 }); }
+        for (const k of [-2, -1, 1, 2]) { const c = C * 10 ** k; p.line(sizes.map((N) => [N, now.loss(N, c / (6 * N))]), { color: "grey", width: 1, opacity: 0.75 }); const [n] = now.best(c), L = now.loss(...now.best(c)); p.text(n, L, k < 0 ? `÷${10 ** -k}` : `×${10 ** k}`, { color: "soft", size: 11, dx: 5, dy: k < 0 ? -5 : 14 }); }
         const path = lm.logrange(C / 1e3, C * 1e3, 25).map((c) => now.best(c)); p.line(path.map(([N, D]) => [N, now.loss(N, D)]), { color: "green", width: 2, dash: "1 5" });
         p.line(sizes.map((N) => [N, now.loss(N, C / (6 * N))]), { color: "orange", width: 3 });
         const sure = plainBand() && band((l) => l.optimal(C)[0]);
         if (sure) { const y = p.y.domain[0] + 0.025 * (p.y.domain[1] - p.y.domain[0]); p.line([[sure.low, y], [sure.high, y]], { color: "green", width: 7, opacity: 0.45, title: "80 % of resampled optima" }); }
         p.vline(a.N_opt, { color: "green", width: 1.5 }); p.dots([[a.N_opt, a.loss]], { color: "green", r: 7 });
-        p.text(a.N_opt, a.loss, `${lm.si(a.N_opt)} on ${lm.si(a.D_opt)}`, { anchor: p.x(a.N_opt) > p.left + p.width - 110 ? "end" : "start", dx: p.x(a.N_opt) > p.left + p.width - 110 ? -10 : 10, dy: 20, weight: 650 });
+        const late = p.x(a.N_opt) > p.left + p.width - 130; p.text(a.N_opt, p.y.domain[1], `best: ${lm.si(a.N_opt)} on ${lm.si(a.D_opt)}`, { anchor: late ? "end" : "start", dx: late ? -7 : 7, dy: 11, weight: 650 });
         if (a.N_serve) { p.dots([[a.N_serve, now.loss(a.N_serve, a.D_serve)]], { color: "pink", r: 6 }); p.text(a.N_serve, now.loss(a.N_serve, a.D_serve), "to serve", { anchor: "end", dx: -9, dy: 18, color: "ink" }); }
         const N = get("N"), move = (n) => { const size = lm.clamp(n, ...LIMITS.N); put({ N: size, D: lm.clamp(get("compute") / (6 * size), ...LIMITS.D) }); };
         if (N >= view.N[0] && N <= view.N[1]) {
@@ -408,7 +409,7 @@ export default {
     const label = (m) => `${m[0]} (${m[1]}): ${lm.si(m[3])}${m[2] > m[3] ? ` active of ${lm.si(m[2])}` : ""} parameters, ${lm.si(m[4])} tokens, ${lm.num(m[4] / m[3])} per parameter${m[5] === "certain" ? "" : ` (${m[5]})`}`;
     const first = ["Chinchilla", "GPT-3", "Llama 3.1 405B", "DeepSeek-V3", "Llama 3.1 8B", "Gopher", "PaLM 540B", "Qwen3 0.6B", "LLaMA 65B", "TinyLlama", "Kimi K2", "Falcon 180B", "Pythia 12B", "Gemma 3 27B", "Cerebras-GPT 13B"];
     const map = lm.chart({
-      label: () => `Map of parameters and tokens. The best split of ${flops(get("compute"))} FLOPs is ${lm.si(now.answers.N_opt)} parameters on ${lm.si(now.answers.D_opt)} tokens; my model is ${lm.si(get("N"))} on ${lm.si(get("D"))}.`, height: 330, margin: { left: 50, top: 14 },
+      label: () => `Map of parameters and tokens. The best split of ${flops(get("compute"))} FLOPs is ${lm.si(now.answers.N_opt)} parameters on ${lm.si(now.answers.D_opt)} tokens; my model is ${lm.si(get("N"))} on ${lm.si(get("D"))}.`, height: () => (el.clientWidth < 600 ? 300 : 370), margin: { left: 50, top: 14 },
       x: () => ({ domain: view.N, log: true, label: "parameters N", format: (v) => lm.si(v), grid: false }), y: () => ({ domain: view.D, log: true, label: "tokens D", format: (v) => lm.si(v), grid: false }),
       readout: (N, D) => `${lm.si(N)} parameters, ${lm.si(D)} tokens\nloss ${nats(now.loss(N, D))} · ${flops(6 * N * D)} FLOPs`,
       draw(p) {
@@ -427,7 +428,7 @@ export default {
         if (get("memory")) p.vline(get("memory") / F.moe_total_parameters(1, now.experts), { color: "red", width: 1.5 });
         p.line([[n0, C / (6 * n0)], [n1, C / (6 * n1)]], { color: "orange", width: 3 });
         // published models: one tab stop, arrow keys go from one to the next, Enter takes it as "my model"
-        const shown = models.map((m, i) => [m, i]).filter(([m]) => m[3] > n0 && m[3] < n1 && m[4] > d0 && m[4] < d1), taken = [[p.x(a.N_opt), p.y(a.D_opt), 60], [p.x(get("N")), p.y(get("D")), 70]];
+        const shown = models.map((m, i) => [m, i]).filter(([m]) => m[3] > n0 && m[3] < n1 && m[4] > d0 && m[4] < d1);
         if (shown.length && !shown.some(([, i]) => i === dot)) dot = shown[0][1];
         const order = [...shown].sort((u, v) => u[0][3] - v[0][3]).map(([, i]) => i);
         for (const [m, i] of shown) {
@@ -442,29 +443,34 @@ export default {
           lm.s("circle", { cx: x, cy: y, r: 12, fill: "transparent" }), lm.s("circle", { cx: x, cy: y, r: 3.6, fill: sparse ? "var(--surface)" : "var(--ink)", stroke: "var(--ink)", "stroke-width": 1.4 }));
           p.add(node, { free: true });
         }
-        for (const name of first) {
-          const m = shown.find(([model]) => model[0] === name)?.[0]; if (!m) continue;
-          const x = p.x(m[3]), y = p.y(m[4]), wide = 6.2 * name.length + 8, left = x + wide > p.left + p.width;
-          if (taken.some(([u, v, w]) => Math.abs(v - y) < 13 && (left ? x - wide : x) < u + w && u - 12 < (left ? x : x + wide))) continue;
-          taken.push([left ? x - wide : x, y, wide]); p.text(m[3], m[4], name, { dx: left ? -7 : 7, dy: 4, anchor: left ? "end" : "start", size: 11, color: "ink" });
-        }
+        const boxes = [[p.x(a.N_opt) - 14, p.y(a.D_opt) - 14, 28, 28], [p.x(get("N")) - 12, p.y(get("D")) - 12, 24, 24], ...shown.map(([m]) => [p.x(m[3]) - 4, p.y(m[4]) - 4, 8, 8])];
+        const free = (x, y, w) => x >= p.left && x + w <= p.left + p.width && !boxes.some(([u, v, du, dv]) => x < u + du && u < x + w && y < v + dv && v < y + 13);
+        const place = (N, D, words, style = {}, gap = 7, must = false) => { // right, left, above or below: the first side with room
+          const x = p.x(N), y = p.y(D), w = 6.1 * words.length * ((style.size ?? 12) / 11) * (style.weight ? 1.08 : 1), sides = [gap, gap + 10].flatMap((g) => [[g, -6, "start", x + g], [-g, -6, "end", x - g - w], [0, -g - 11, "middle", x - w / 2], [0, g, "middle", x - w / 2]]);
+          const side = sides.find(([, dy, , left]) => free(left, y + dy, w)) ?? (must && sides[0]); if (!side) return;
+          boxes.push([side[3], y + side[1], w, 13]); p.text(N, D, words, { ...style, dx: side[0], dy: side[1] + 10, anchor: side[2] });
+        };
+        const N = get("N"), D = get("D"), within = N >= n0 && N <= n1 && D >= d0 && D <= d1;
+        if (within) place(N, D, "my model", { weight: 650 }, 13, true);
+        for (const name of first) { const m = shown.find(([one]) => one[0] === name)?.[0]; if (m) place(m[3], m[4], name, { size: 11 }); }
         if (a.N_serve) { p.line([[a.N_opt, a.D_opt], [a.N_serve, a.D_serve]], { color: "pink", width: 2.5 }); p.dots([[a.N_serve, a.D_serve]], { color: "pink", r: 6 }); p.text(a.N_serve, a.D_serve, "to serve", { anchor: "end", dx: -9, dy: -4 }); }
         const budgetTo = (C) => put({ compute: lm.clamp(C, ...LIMITS.compute) });
         p.handle("compute", { x: a.N_opt, y: a.D_opt, color: "green", label: "Training budget: moves the compute line", text: `${flops(C)} FLOPs: ${lm.si(a.N_opt)} parameters on ${lm.si(a.D_opt)} tokens`, move: (N, D) => budgetTo(6 * N * D), nudge: (dx, dy, big) => budgetTo(C * 10 ** ((dx || dy) * (big ? 0.5 : 0.05))) });
-        const mine = (N, D) => put({ N: lm.clamp(N, ...LIMITS.N), D: lm.clamp(D, ...LIMITS.D) }), N = get("N"), D = get("D");
-        if (N >= n0 && N <= n1 && D >= d0 && D <= d1) { p.handle("mine", { x: N, y: D, color: "violet", label: "My model: parameters and tokens", text: `${lm.si(N)} parameters on ${lm.si(D)} tokens, loss ${nats(a.loss_mine)}`, move: mine, nudge: (dx, dy, big) => mine(N * 10 ** (dx * (big ? 0.2 : 0.02)), D * 10 ** (dy * (big ? 0.2 : 0.02))) }); p.text(N, D, "my model", { dx: 12, dy: 4, weight: 650 }); }
+        const mine = (N, D) => put({ N: lm.clamp(N, ...LIMITS.N), D: lm.clamp(D, ...LIMITS.D) });
+        if (within) { p.handle("mine", { x: N, y: D, color: "violet", label: "My model: parameters and tokens", text: `${lm.si(N)} parameters on ${lm.si(D)} tokens, loss ${nats(a.loss_mine)}`, move: mine, nudge: (dx, dy, big) => mine(N * 10 ** (dx * (big ? 0.2 : 0.02)), D * 10 ** (dy * (big ? 0.2 : 0.02))) }); }
         if (refocus) { refocus = false; map.svg.querySelector(`[data-i="${dot}"]`)?.focus(); }
       },
     });
     let refocus = false;
     const titled = (chart, words) => { chart.el.prepend(h("p", { class: "figure" }, words)); return chart.el; };
-    ui.body.append(tileRow, lm.row(titled(iso, "One budget, every size"), titled(map, "Every size and every amount of data")),
-      h("p", { class: "quiet" }, "Orange: the budget. Green: the best split, with 80 % of resampled laws. Violet: my model. Dots: published models, hollow where only a part of the parameters is active."));
+    const mapBox = titled(map, "Every size and every amount of data"); mapBox.classList.add("map");
+    ui.body.append(tileRow, lm.row(titled(iso, "One budget, every size"), mapBox),
+      h("p", { class: "legend quiet" }, [["orange", "this budget"], ["green", "best split, with 80\u00a0% of resampled laws"], ["violet", "my model"], ["pink", "best to serve"], ["ink", "published models (hollow: only a part of the parameters is active)"]].map(([c, text]) => h("span", {}, h("i", { style: `background:${lm.color(c)}` }), text))));
 
     // ------------------------------------------------------------------ the tabs
     const table = (head, rows, caption) => h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, h("table", {}, h("thead", {}, h("tr", {}, head.map((cell) => h("th", { scope: "col" }, cell)))), h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, i) => h(i ? "td" : "th", i ? {} : { scope: "row" }, cell)))))));
     const optional = (key, { label: words, first: value, ...options }) => { // a slider that can be switched off; 0 is off
-      const knob = lm.slider({ label: words, log: true, ...options, value: get(key) || value }), on = lm.toggle({ label: words, value: get(key) > 0 }), el = h("div", {}, on.el, knob.el);
+      const knob = lm.slider({ label: "how many", hint: `(${words.toLowerCase()})`, log: true, ...options, value: get(key) || value }), on = lm.toggle({ label: words, value: get(key) > 0 }), el = h("div", {}, on.el, knob.el);
       on.oninput = (yes) => put({ [key]: yes ? knob.value : 0 }); knob.oninput = (v) => put({ [key]: v });
       const show = () => { const v = get(key); on.value = v > 0; knob.el.hidden = !(v > 0); if (v > 0 && knob.value !== v) knob.value = v; };
       model.on(`change:${key}`, show); show(); return el;
@@ -476,11 +482,11 @@ export default {
       const out = h("div"), said = h("p");
       node.append(h("div", { class: "controls" }, slider("N", { label: "Parameters of my model", log: true }).el, slider("D", { label: "Tokens it is trained on", log: true }).el), said, out);
       return () => {
-        const a = now.answers, N = get("N"), D = get("D"), C = 6 * N * D, [n, d] = now.best(C), off = a.ratio && D / N / (d / n);
-        said.textContent = `${lm.si(N)} parameters on ${lm.si(D)} tokens cost ${flops(C)} FLOPs and reach ${nats(a.loss_mine)} nats. The same compute spent on ${lm.si(n)} and ${lm.si(d)} would reach ${nats(now.loss(n, d))}${a.wasted === null ? "" : `, or this loss with ${percent(Math.max(0, a.wasted))} less compute`}.`;
-        out.replaceChildren(table(["", "my model", "best split of its compute"], [
+        const a = now.answers, N = get("N"), D = get("D"), C = 6 * N * D, [n, d] = now.best(C), off = D / N / (d / n);
+        said.textContent = `${lm.si(N)} parameters on ${lm.si(D)} tokens cost ${flops(C)} FLOPs and reach ${nats(a.loss_mine)} nats. The same compute spent on ${lm.si(n)} and ${lm.si(d)} would reach ${nats(now.loss(n, d))}${a.wasted === null ? "" : `, or this loss with ${percent(Math.max(0, a.wasted))} less compute`}. Its ${ratio(D / N)} tokens per parameter are ${Math.abs(Math.log10(off)) < 0.12 ? "close to the best split" : off > 1 ? `${lm.num(off, 2)} times the best split’s: a small model trained long, cheap to serve` : `${lm.num(1 / off, 2)} times fewer than the best split’s: a large model short of data`}.`;
+        out.replaceChildren(table(["quantity", "my model", "best split of its compute"], [
           ["parameters", lm.si(N), lm.si(n)], ["tokens", lm.si(D), lm.si(d)], ["tokens per parameter", ratio(D / N), ratio(d / n)], ["loss (nats)", nats(a.loss_mine), nats(now.loss(n, d))], ["excess loss (nats)", a.excess.toFixed(4), "0"],
-          ["compute wasted", a.wasted === null ? "–" : percent(Math.max(0, a.wasted)), "0 %"], ["verdict", Math.abs(Math.log10(off)) < 0.12 ? "close to compute-optimal" : off > 1 ? `${lm.num(off, 2)}× more tokens per parameter than optimal: small for its compute, cheap to serve` : `${lm.num(1 / off, 2)}× fewer tokens per parameter than optimal: large for its data`, ""]], "My model and the best split"));
+          ["compute wasted", a.wasted === null ? "–" : percent(Math.max(0, a.wasted)), "0\u00a0%"]], "My model and the best split"));
       };
     });
 
@@ -491,7 +497,7 @@ export default {
           const b = band((l) => l.tokens_per_parameter(get("compute")), 0.8), [low, high] = spread(), bins = 40, counts = Array(bins).fill(0), edge = (i) => low * (high / low) ** (i / bins);
           if (b) {
             b.values.forEach((v) => { const i = Math.floor((Math.log(v / low) / Math.log(high / low)) * bins); if (i >= 0 && i < bins) counts[i] += 1; });
-            const most = Math.max(...counts) * 1.25; counts.forEach((count, i) => { if (count) { const inside = edge(i + 0.5) >= b.low && edge(i + 0.5) <= b.high; p.area([[edge(i), 0], [edge(i), count / most], [edge(i + 1), count / most], [edge(i + 1), 0]], { color: "green", opacity: inside ? 0.75 : 0.3 }); } });
+            const most = Math.max(...counts) * 1.75; counts.forEach((count, i) => { if (count) { const inside = edge(i + 0.5) >= b.low && edge(i + 0.5) <= b.high; p.area([[edge(i), 0], [edge(i), count / most], [edge(i + 1), count / most], [edge(i + 1), 0]], { color: "green", opacity: inside ? 0.75 : 0.3 }); } });
           }
           let row = 0;
           for (const [name, text] of Object.entries(names)) { if (["kaplan", "moe", "custom"].includes(name)) continue; const v = F.parametric(laws[name]).tokens_per_parameter(get("compute")); if (v < low || v > high) continue; p.vline(v, { color: name === get("law") ? "ink" : "orange", width: name === get("law") ? 2 : 1.5 }); p.text(v, 1, text, { size: 11, dx: p.x(v) > p.left + p.width / 2 ? -4 : 4, anchor: p.x(v) > p.left + p.width / 2 ? "end" : "start", dy: 10 + 14 * row++ }); }
@@ -540,7 +546,7 @@ export default {
       return () => {
         const cost = (C) => F.training_cost(C, chips[get("chip")], get("chips"), get("mfu"), get("price")), one = cost(get("compute")), two = cost(6 * get("N") * get("D"));
         const days = (d) => (d < 2 ? `${lm.num(d * 24)} hours` : d > 730 ? `${lm.num(d / 365.25)} years` : `${lm.num(d)} days`), energy = (k) => (k >= 1e6 ? `${lm.num(k / 1e6)} GWh` : k >= 1e3 ? `${lm.num(k / 1e3)} MWh` : `${lm.num(k)} kWh`);
-        out.replaceChildren(table(["", "this budget", "my model"], [["FLOPs", flops(get("compute")), flops(6 * get("N") * get("D"))], ["time", days(one.days), days(two.days)], ["chip-hours", lm.si(one.chip_hours), lm.si(two.chip_hours)], ["cost", `$${lm.si(one.dollars)}`, `$${lm.si(two.dollars)}`], ["energy (board power × 1.2)", energy(one.energy_kwh), energy(two.energy_kwh)]], "Time, cost and energy"));
+        out.replaceChildren(table(["quantity", "this budget", "my model"], [["FLOPs", flops(get("compute")), flops(6 * get("N") * get("D"))], ["time", days(one.days), days(two.days)], ["chip-hours", lm.si(one.chip_hours), lm.si(two.chip_hours)], ["cost", `$${lm.si(one.dollars)}`, `$${lm.si(two.dollars)}`], ["energy (board power × 1.2)", energy(one.energy_kwh), energy(two.energy_kwh)]], "Time, cost and energy"));
       };
     });
 
@@ -561,10 +567,10 @@ export default {
 
     page("recipe", (node) => {
       const out = h("div"), count = h("p");
-      node.append(out, lm.bind(model, "counting", lm.segmented({ label: "Which parameters are counted", options: [["total", "all of them"], ["without", "without embeddings"]] })).el, count);
+      node.append(out, lm.bind(model, "counting", lm.segmented({ label: "Which parameters are counted", options: [["law", "as the law does"], ["total", "all of them"], ["without", "without embeddings"]] })).el, count);
       return () => {
         const a = now.answers, pairs = [["this budget", a.N_opt, a.D_opt], ["my model", get("N"), get("D")]];
-        out.replaceChildren(h("p", {}, "Where published fits would start: the peak learning rate and the batch in tokens."), table(["", "StepLaw: learning rate", "batch", "DeepSeek: learning rate", "batch"], pairs.map(([name, N, D]) => [name, ...["steplaw", "deepseek"].flatMap((law2) => { const [lr, batch] = F.learning_rate_and_batch(N, D, law2); return [lm.sci(lr, 2), lm.si(batch, 2)]; })]), "Learning rate and batch size"),
+        out.replaceChildren(h("p", {}, "Where published fits would start: the peak learning rate and the batch in tokens."), table(["run", "StepLaw: learning rate", "batch", "DeepSeek: learning rate", "batch"], pairs.map(([name, N, D]) => [name, ...["steplaw", "deepseek"].flatMap((law2) => { const [lr, batch] = F.learning_rate_and_batch(N, D, law2); return [lm.sci(lr, 2), lm.si(batch, 2)]; })]), "Learning rate and batch size"),
           h("p", { class: "quiet" }, "StepLaw (arXiv 2503.04715): 1.79·N^−0.713·D^0.307 and 0.58·D^0.571. DeepSeek (arXiv 2401.02954): 0.3118·C^−0.125 and 0.292·C^0.3271. Each holds for its own optimiser, schedule and data."));
         const total = now.kaplan ? F.total_parameters(a.N_opt) : a.N_opt, less = now.kaplan ? a.N_opt : F.without_embeddings(a.N_opt);
         count.textContent = `The best split has ${lm.si(total)} parameters in all, ${lm.si(less)} without embeddings (${percent(less / total)}): ${ratio(a.D_opt / total)} or ${ratio(a.D_opt / less)} tokens per parameter. N + 47491·N^⅓ after Pearce and Song (arXiv 2406.12907); small models are mostly embedding.`;
@@ -669,8 +675,8 @@ export default {
       if (Object.keys(outputs).length) put(outputs);
       view = frame();
       const sure = plainBand() && band((l) => l.tokens_per_parameter(get("compute")));
-      tiles.N.set(lm.si(counted(a.N_opt)), get("law") === "moe" ? "active parameters" : get("counting") === "without" ? "parameters without embeddings" : "parameters"); tiles.D.set(lm.si(a.D_opt)); tiles.loss.set(nats(a.loss));
-      tiles.ratio.set(ratio(a.D_opt / counted(a.N_opt)), sure ? `tokens per parameter (80 %: ${ratio(sure.low)}–${ratio(sure.high)})` : "tokens per parameter");
+      tiles.N.set(lm.si(counted(a.N_opt)), what()); tiles.D.set(lm.si(a.D_opt)); tiles.loss.set(nats(a.loss));
+      tiles.ratio.set(ratio(a.D_opt / counted(a.N_opt)), sure ? `tokens per parameter (80\u00a0%: ${ratio(sure.low)}–${ratio(sure.high)})` : "tokens per parameter");
       ui.say(sentence()); iso.redraw(); map.redraw();
       const open = pages[get("tab")] ? get("tab") : "mine";
       for (const [name, { node, update: refresh }] of Object.entries(pages)) { const yes = name === open; node.hidden = !yes; tabs[name].setAttribute("aria-selected", yes); tabs[name].tabIndex = yes ? 0 : -1; if (yes) refresh(); }

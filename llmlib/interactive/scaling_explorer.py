@@ -25,7 +25,7 @@ LABELS = {
     "custom": "Your own constants",
 }
 INPUTS = {
-    "compute": 5.76e23, "law": "refit", "N": 7e9, "D": 2e12, "served": 0.0, "unique": 0.0, "counting": "total",
+    "compute": 5.76e23, "law": "refit", "N": 7e9, "D": 2e12, "served": 0.0, "unique": 0.0, "counting": "law",
     "experts": 8.0, "memory": 0.0, "weights": 16.0, "activations": 16.0, "kv": 16.0, "chip": "H100", "chips": 1024.0,
     "mfu": 0.4, "price": 2.0, "constants": [1.8172181, 477.82587, 2143.4174, 0.3473105, 0.36717243], "runs": "book",
     "drop": 0.0, "delta": 1e-3, "objective": "sum", "digits": 0.0, "csv": "", "tab": "mine", "width": 10.0,
@@ -154,16 +154,26 @@ def _serving(law, loss, served, unique, start):
         low, high = 0.0, math.log(1e30)
         if scaling.data_constrained(N, 1e30, unique, law) > loss:
             return math.inf
-        for _ in range(200):
+        for _ in range(64):
             middle = (low + high) / 2
             enough = scaling.data_constrained(N, math.exp(middle), unique, law) < loss
             low, high = (low, middle) if enough else (middle, high)
         return math.exp((low + high) / 2)
 
+    def cost(x):
+        return scaling.lifetime_flops(math.exp(x), tokens(math.exp(x)), served)
+
     low, high, golden = math.log(start) - 7, math.log(start) + 0.5, (math.sqrt(5) - 1) / 2
+    left, right = high - golden * (high - low), low + golden * (high - low)
+    at_left, at_right = cost(left), cost(right)
     for _ in range(60):
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        costs = [scaling.lifetime_flops(math.exp(x), tokens(math.exp(x)), served) for x in (left, right)]
-        low, high = (low, right) if costs[0] < costs[1] else (left, high)
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - golden * (high - low)
+            at_left = cost(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + golden * (high - low)
+            at_right = cost(right)
     N = math.exp((low + high) / 2)
     return N, tokens(N)
