@@ -206,7 +206,7 @@ class ParametricFit(ParametricLaw):
         """Fit again on n resamples of the runs, drawn with replacement."""
         rng = np.random.default_rng(seed)
         weights = rng.multinomial(self.runs.shape[1], np.full(self.runs.shape[1], 1 / self.runs.shape[1]), size=n)
-        return Bootstrap(self, replace(self, **_constants(*_minimise(*self.runs, weights.astype(float), self.delta))))
+        return Bootstrap(self, replace(self, **_constants(*_minimise(self.runs, weights.astype(float), self.delta))))
 
     @property
     def residuals(self) -> np.ndarray:
@@ -245,7 +245,7 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3) -> ParametricFit:
     Raises ValueError for values that aren't positive and finite, lengths that differ, or runs on a single ray.
     """
     runs = _checked_runs(N, D, loss)
-    theta, objective, centre = _minimise(*runs, np.ones((1, runs.shape[1])), delta)
+    theta, objective, centre = _minimise(runs, np.ones((1, runs.shape[1])), delta)
     constants = {key: float(value[0]) for key, value in _constants(theta, objective, centre).items()}
     return ParametricFit(**constants, name="fit", runs=runs, delta=delta)
 
@@ -288,11 +288,12 @@ def _constants(theta: np.ndarray, objective: np.ndarray, centre: tuple[float, fl
     return {"E": E, "A": A, "B": B, "alpha": alpha, "beta": beta, "objective": objective}
 
 
-def _minimise(N, D, loss, weights, delta):
+def _minimise(runs, weights, delta):
     """The minimum for each row of weights (k n) → θ = (a, b, e, α, β) (k 5), objective (k), centre of log N and log D.
 
     a and b are taken at the centre of the data, where they hardly depend on α and β: the problem is then well scaled.
     """
+    N, D, loss = runs
     centre = np.log(N).mean(), np.log(D).mean()
     x, y, target = np.log(N) - centre[0], np.log(D) - centre[1], np.log(loss)
     starts = _grid(x, y, loss, weights)
