@@ -440,6 +440,18 @@ def test_every_tab_opens_by_arrow_key_and_says_what_python_says(page, tmp_path):
     assert "least that is possible" in seen["Refit"]
 
 
+def test_each_view_to_try_opens_its_tab(page, tmp_path):
+    show(page, tmp_path)
+    said = set()
+    for chip in page.get_by_role("group", name="Views to try").get_by_role("button").all():
+        chip.click()
+        page.wait_for_timeout(80)
+        said.add(page.locator(".say").inner_text() + page.locator("[role=tabpanel]:visible").inner_text())
+    assert len(said) == 8
+    page.get_by_role("button", name="A fit that stops early").click()
+    page.wait_for_function(f"/times the least that is possible/.test({ROOT}.textContent)")
+
+
 def test_runs_pasted_by_the_reader_become_the_law(page, tmp_path):
     show(page, tmp_path, "#scaling?tab=refit&runs=pasted")
     runs = noisy_runs(3, noise=0.004)

@@ -325,27 +325,34 @@ export default {
     const F = formulas, h = lm.h, get = (key) => model.get(key), put = (values) => lm.put(model, values);
     const flops = (C) => lm.sci(C), typed = (C) => C.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e"), percent = (x) => `${lm.num(100 * x, Math.abs(x) < 0.1 ? 2 : 3)}\u00a0%`, nats = (L) => L.toFixed(3), ratio = (x) => lm.num(x);
     const models = get("models"), labels = get("labels"), laws = get("laws"), draws = { ...get("draws") }, names = { ...labels };
-    if (get("data").length === 0 && get("runs") === "book") put({ runs: "simulated" });
+    const reach = get("data_reach"), largest = get("data").reduce((f, g) => (g[0] * g[1] > f[0] * f[1] ? g : f));
     const start = Object.fromEntries(SHARED.map((key) => [key, get(key)]));
     const ui = lm.panel(el, { title: "Scaling-law explorer", note: "How large a model, on how many tokens, for a budget of compute? Move the budget, or drag the points in the map." });
     ui.root.append(h("style", {}, `
       .tiles { display:grid; grid-template-columns:repeat(4,minmax(0,1fr)); gap:8px; margin:.8em 0 .4em; } .tiles div { background:var(--raise); border-radius:10px; padding:8px 12px; min-width:0; }
       .tiles b { display:block; font-size:clamp(1.15em,4.4vw,1.7em); font-weight:680; line-height:1.2; font-variant-numeric:tabular-nums; white-space:nowrap; } .tiles span { color:var(--soft); font-size:.86em; display:block; line-height:1.25; }
+      .chips { display:flex; flex-wrap:wrap; gap:6px; align-items:center; margin:.5em 0 .2em; } .chips button { border-radius:99px; font-size:.88em; padding:2px 11px; min-height:26px; }
       .budget { font-size:1.06em; } .budget input[type=text] { width:7.2em; font-weight:650; }
       .tabs { display:flex; flex-wrap:wrap; gap:3px; margin:14px 0 0; border-bottom:2px solid var(--line); } .tabs button { border:0; border-radius:8px 8px 0 0; background:none; padding:6px 11px; color:var(--soft); margin-bottom:-2px; border-bottom:3px solid transparent; }
       .tabs button[aria-selected=true] { color:var(--ink); font-weight:650; border-bottom-color:var(--accent); background:var(--raise); } .tab { padding:12px 2px 4px; min-height:150px; } .tab p { max-width:80ch; }
       .map { flex:1.35 1 330px !important; } .grow { flex:1 1 260px !important; min-width:0; } .figure { font-weight:600; margin:.2em 0 0 !important; font-size:.95em; } .bad { color:var(--ink); border-left:4px solid var(--red); padding-left:8px; } .quiet { color:var(--soft); font-size:.9em; } .you { font-weight:650; } .legend span { margin-right:14px; white-space:nowrap; display:inline-block; } .legend span:last-child { white-space:normal; } .legend i { display:inline-block; width:10px; height:10px; border-radius:50%; margin-right:5px; }
       .model { cursor:pointer; } .model:focus { outline:none; } .model:focus-visible circle { stroke:var(--accent); stroke-width:3.5; } .foot .row { justify-content:space-between; margin-top:14px; align-items:center; }
-      @media (max-width:560px) { .tiles { grid-template-columns:repeat(2,minmax(0,1fr)); } .tabs { flex-wrap:nowrap; overflow-x:auto; } .tabs button { white-space:nowrap; } }`));
+      @media (max-width:560px) { .chips { flex-wrap:nowrap; overflow-x:auto; padding-bottom:5px; } .chips button { white-space:nowrap; flex:none; } .tiles { grid-template-columns:repeat(2,minmax(0,1fr)); } .tabs { flex-wrap:nowrap; overflow-x:auto; } .tabs button { white-space:nowrap; } }`));
 
     // ------------------------------------------------------------------ the budget, the law, the answer in words
     const slider = (key, options) => lm.bind(model, key, lm.slider({ min: LIMITS[key][0] || 1, max: LIMITS[key][1], ...options }));
     const budget = slider("compute", { label: "Training budget", hint: "in FLOPs", log: true, step: 0.02, format: typed });
     budget.el.classList.add("budget");
     const law = lm.bind(model, "law", lm.select({ label: "Law", options: Object.entries(labels) }));
-    const famous = lm.select({ label: "Set budget and “my model” to", options: [["", "a published model …"], ...models.map((m, i) => [String(i), `${m[0]} (${m[1]})`])] });
+    const famous = lm.select({ label: "Set budget and “my model” to", options: [["", "a published model …"], ["ours", `this book’s largest run (${flops(reach[1])} FLOPs)`], ...models.map((m, i) => [String(i), `${m[0]} (${m[1]})`])] });
     const adopt = (m) => put({ compute: 6 * m[3] * m[4], N: m[3], D: m[4] });
-    famous.oninput = (i) => { if (i) adopt(models[+i]); famous.value = ""; };
+    famous.oninput = (i) => { if (i === "ours") put({ law: "ours", compute: reach[1], N: largest[0], D: largest[1] }); else if (i) adopt(models[+i]); famous.value = ""; };
+    const one = (name) => { const m = models.find((row) => row[0] === name); return { compute: 6 * m[3] * m[4], N: m[3], D: m[4], tab: "mine" }; };
+    const views = [
+      ["GPT-3, short of data", one("GPT-3")], ["Llama 3.1 8B, far past optimal", one("Llama 3.1 8B")], ["Two digits too few", { law: "hoffmann-rounded", tab: "certainty" }], ["To serve 10T tokens", { compute: 5.88e21, served: 1e13, tab: "serving" }],
+      ["When data runs out", { compute: 1e25, unique: 1e12, tab: "serving" }], ["Kaplan’s advice", { law: "kaplan", tab: "biases" }], ["A fit that stops early", { objective: "mean", runs: "simulated", tab: "refit" }], ["This book’s own runs", { law: "ours", compute: reach[1], N: largest[0], D: largest[1], tab: "refit" }]];
+    const chips = h("div", { class: "chips", role: "group", "aria-label": "Views to try" }, h("span", { class: "quiet" }, "Try:"), views.map(([text, values]) => lm.button(text, () => put({ ...start, ...values }))));
+    ui.root.insertBefore(chips, ui.controls);
     ui.controls.style.gridTemplateColumns = "repeat(auto-fit,minmax(min(100%,250px),1fr))";
     ui.controls.append(budget.el, law.el, famous.el);
     const tile = (word) => { const number = h("b"), under = h("span", {}, word); return { el: h("div", {}, number, under), set(value, text) { number.textContent = value; if (text) under.textContent = text; } }; };
@@ -362,6 +369,11 @@ export default {
       const values = rows.map(([E, A, B, alpha, beta]) => f(F.parametric({ E, A, B, alpha, beta }))).filter(Number.isFinite).sort((u, v) => u - v);
       return { low: F.quantile(values, (1 - level) / 2), middle: F.quantile(values, 0.5), high: F.quantile(values, (1 + level) / 2), values };
     };
+    let along = {};
+    const bandAlong = (budgets) => { // changes only with the law and the window, not with the budget
+      if (along.rows !== draws[get("law")] || along.from !== budgets[0]) along = { rows: draws[get("law")], from: budgets[0], edges: budgets.map((c) => [c, band((l) => l.optimal(c)[0])]) };
+      return along.edges;
+    };
     const plainBand = () => !get("unique") && !now.capped && Math.abs(now.kept - 1) < 1e-12;
     const what = () => (get("law") === "moe" ? "active parameters" : get("counting") === "without" || (now.kaplan && get("counting") === "law") ? "parameters without embeddings" : "parameters");
     const sentence = () => {
@@ -369,6 +381,7 @@ export default {
       const parts = [`With ${flops(get("compute"))} FLOPs, train ${lm.si(counted(a.N_opt))} ${what()} on ${lm.si(a.D_opt)} tokens: ${ratio(a.D_opt / counted(a.N_opt))} per parameter${sure ? ` (80\u00a0% of resampled laws: ${ratio(sure.low)} to ${ratio(sure.high)})` : ""}. Predicted loss ${nats(a.loss)} nats per token.`];
       if (get("unique") && a.D_opt > get("unique")) parts.push(`That is ${lm.num(a.D_opt / get("unique"), 2)} epochs over ${lm.si(get("unique"))} unique tokens.`);
       if (now.capped) parts.push("The memory cap decides the size.");
+      if (get("law") === "ours" && get("compute") > 10 * reach[1]) parts.push(`The runs behind this law end at ${flops(reach[1])} FLOPs: so far beyond them it is a guess.`);
       if (a.N_serve) parts.push(`To serve ${lm.si(get("served"))} tokens at that loss, train ${lm.si(a.N_serve)} on ${lm.si(a.D_serve)} instead: ${percent(a.saved)} less compute over its life.`);
       return parts.join(" ");
     };
@@ -394,7 +407,7 @@ export default {
         const sure = plainBand() && band((l) => l.optimal(C)[0]);
         if (sure) { const y = p.y.domain[0] + 0.025 * (p.y.domain[1] - p.y.domain[0]); p.line([[sure.low, y], [sure.high, y]], { color: "green", width: 7, opacity: 0.45, title: "80 % of resampled optima" }); }
         p.vline(a.N_opt, { color: "green", width: 1.5 }); p.dots([[a.N_opt, a.loss]], { color: "green", r: 7 });
-        const late = p.x(a.N_opt) > p.left + p.width - 130; p.text(a.N_opt, p.y.domain[1], `best: ${lm.si(a.N_opt)} on ${lm.si(a.D_opt)}`, { anchor: late ? "end" : "start", dx: late ? -7 : 7, dy: 11, weight: 650 });
+        const late = p.x(a.N_opt) > p.left + p.width - 130; p.text(a.N_opt, p.y.domain[1], `${now.capped ? "largest that fits" : "best"}: ${lm.si(a.N_opt)} on ${lm.si(a.D_opt)}`, { anchor: late ? "end" : "start", dx: late ? -7 : 7, dy: 11, weight: 650 });
         if (a.N_serve) { p.dots([[a.N_serve, now.loss(a.N_serve, a.D_serve)]], { color: "pink", r: 6 }); p.text(a.N_serve, now.loss(a.N_serve, a.D_serve), "to serve", { anchor: "end", dx: -9, dy: 18, color: "ink" }); }
         const N = get("N"), move = (n) => { const size = lm.clamp(n, ...LIMITS.N); put({ N: size, D: lm.clamp(get("compute") / (6 * size), ...LIMITS.D) }); };
         if (N >= view.N[0] && N <= view.N[1]) {
@@ -422,11 +435,12 @@ export default {
         });
         for (let k = Math.ceil(Math.log10(6 * n0 * d0)); k < Math.log10(6 * n1 * d1); k++) if (k % 2 === 0) p.line([[n0, 10 ** k / (6 * n0)], [n1, 10 ** k / (6 * n1)]], { color: "soft", width: 0.7, dash: "1 4" });
         const budgets = lm.logrange(6 * n0 * d0, 6 * n1 * d1, 49), path = budgets.map((c) => (now.kaplan ? now.law.optimal(c) : now.best(c)));
-        if (plainBand() && draws[get("law")]?.length >= 20) { const edges = budgets.map((c) => [c, band((l) => l.optimal(c)[0])]); p.area([...edges.map(([c, b]) => [b.low, c / (6 * b.low)]), ...edges.reverse().map(([c, b]) => [b.high, c / (6 * b.high)])], { color: "green", opacity: 0.22 }); }
+        if (plainBand() && draws[get("law")]?.length >= 20) { const edges = bandAlong(budgets); p.area([...edges.map(([c, b]) => [b.low, c / (6 * b.low)]), ...[...edges].reverse().map(([c, b]) => [b.high, c / (6 * b.high)])], { color: "green", opacity: 0.22 }); }
         p.line(path, { color: "green", width: 2 });
         if (get("unique")) { p.hline(get("unique"), { color: "red", width: 1.5 }); p.text(n0, get("unique"), "unique data", { dx: 5, dy: 13, size: 11 }); p.hline(4 * get("unique"), { color: "red", width: 1, dash: "4 4" }); p.text(n0, 4 * get("unique"), "4 epochs", { dx: 5, dy: -4, size: 11 }); }
-        if (get("memory")) p.vline(get("memory") / F.moe_total_parameters(1, now.experts), { color: "red", width: 1.5 });
+        if (get("memory") && !now.kaplan) { const cap = get("memory") / F.moe_total_parameters(1, now.experts); p.vline(cap, { color: "red", width: 1.5 }); if (cap > n0 && cap < n1) p.text(cap, d0, "memory cap", { dx: 5, dy: -6, size: 11 }); }
         p.line([[n0, C / (6 * n0)], [n1, C / (6 * n1)]], { color: "orange", width: 3 });
+        if (get("law") === "ours") get("data").forEach(([N, D, L]) => p.dots([[N, D]], { color: "blue", r: 3.5, title: `${lm.si(N)} on ${lm.si(D)}: ${nats(L)}` }));
         // published models: one tab stop, arrow keys go from one to the next, Enter takes it as "my model"
         const shown = models.map((m, i) => [m, i]).filter(([m]) => m[3] > n0 && m[3] < n1 && m[4] > d0 && m[4] < d1);
         if (shown.length && !shown.some(([, i]) => i === dot)) dot = shown[0][1];
@@ -463,9 +477,11 @@ export default {
     });
     let refocus = false;
     const titled = (chart, words) => { chart.el.prepend(h("p", { class: "figure" }, words)); return chart.el; };
+    const legend = h("p", { class: "legend quiet" });
+    const showLegend = () => legend.replaceChildren(...[["orange", "this budget"], ["green", plainBand() && draws[get("law")] ? "best split, with 80\u00a0% of resampled laws" : "best split"], ["violet", "my model"], now.answers.N_serve && ["pink", "best to serve"], get("law") === "ours" && ["blue", "runs of this law"], ["ink", "published models (hollow: only a part of the parameters is active)"]].filter(Boolean).map(([c, text]) => h("span", {}, h("i", { style: `background:${lm.color(c)}` }), text)));
     const mapBox = titled(map, "Every size and every amount of data"); mapBox.classList.add("map");
     ui.body.append(tileRow, lm.row(titled(iso, "One budget, every size"), mapBox),
-      h("p", { class: "legend quiet" }, [["orange", "this budget"], ["green", "best split, with 80\u00a0% of resampled laws"], ["violet", "my model"], ["pink", "best to serve"], ["ink", "published models (hollow: only a part of the parameters is active)"]].map(([c, text]) => h("span", {}, h("i", { style: `background:${lm.color(c)}` }), text))));
+      legend);
 
     // ------------------------------------------------------------------ the tabs
     const table = (head, rows, caption) => h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, h("table", {}, h("thead", {}, h("tr", {}, head.map((cell) => h("th", { scope: "col" }, cell)))), h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, i) => h(i ? "td" : "th", i ? {} : { scope: "row" }, cell)))))));
@@ -500,9 +516,9 @@ export default {
             const most = Math.max(...counts) * 1.75; counts.forEach((count, i) => { if (count) { const inside = edge(i + 0.5) >= b.low && edge(i + 0.5) <= b.high; p.area([[edge(i), 0], [edge(i), count / most], [edge(i + 1), count / most], [edge(i + 1), 0]], { color: "green", opacity: inside ? 0.75 : 0.3 }); } });
           }
           let row = 0;
-          for (const [name, text] of Object.entries(names)) { if (["kaplan", "moe", "custom"].includes(name)) continue; const v = F.parametric(laws[name]).tokens_per_parameter(get("compute")); if (v < low || v > high) continue; p.vline(v, { color: name === get("law") ? "ink" : "orange", width: name === get("law") ? 2 : 1.5 }); p.text(v, 1, text, { size: 11, dx: p.x(v) > p.left + p.width / 2 ? -4 : 4, anchor: p.x(v) > p.left + p.width / 2 ? "end" : "start", dy: 10 + 14 * row++ }); }
+          for (const [name, text] of Object.entries(names)) { if (["kaplan", "moe", "custom"].includes(name) || (name === "ours" && get("law") !== name)) continue; const v = F.parametric(laws[name]).tokens_per_parameter(get("compute")); if (v < low || v > high) continue; p.vline(v, { color: name === get("law") ? "ink" : "orange", width: name === get("law") ? 2 : 1.5 }); p.text(v, 1, text, { size: 11, dx: p.x(v) > p.left + p.width / 2 ? -4 : 4, anchor: p.x(v) > p.left + p.width / 2 ? "end" : "start", dy: 10 + 14 * row++ }); }
         } });
-      const spread = () => { const all = Object.entries(laws).filter(([name]) => name !== "kaplan").map(([, l]) => F.parametric(l).tokens_per_parameter(get("compute"))), b = band((l) => l.tokens_per_parameter(get("compute")), 0.98); return [Math.min(...all, b?.low ?? Infinity) / 1.5, Math.max(...all, b?.high ?? 0) * 1.5]; };
+      const spread = () => { const all = Object.entries(laws).filter(([name]) => name !== "kaplan" && (name !== "ours" || get("law") === name)).map(([, l]) => F.parametric(l).tokens_per_parameter(get("compute"))), b = band((l) => l.tokens_per_parameter(get("compute")), 0.98); return [Math.min(...all, b?.low ?? Infinity) / 1.5, Math.max(...all, b?.high ?? 0) * 1.5]; };
       const source = h("p", { class: "quiet" });
       node.append(said, chart.el, source);
       return () => {
@@ -581,7 +597,7 @@ export default {
     page("refit", (node) => {
       const out = h("div"), problems = h("p", { class: "bad", role: "status" }), pasted = lm.bind(model, "csv", lm.text({ label: "Runs as CSV: N, D, loss (or C in place of one of the first two, under a header)", rows: 5, placeholder: "N,D,loss\n70M,1.4B,3.42\n…" }));
       const use = lm.button("Use these constants", () => adoptFit()), save = lm.button("Copy the runs as CSV", () => copy(`N,D,loss\n${source.map((r) => r.map((v) => +v.toPrecision(8)).join(",")).join("\n")}\n`, "The runs are copied."));
-      const options = [["book", "this book’s"], ["simulated", "simulated"], ["pasted", "paste your own"]].filter(([k]) => k !== "book" || get("data").length);
+      const options = [["book", "this book’s"], ["simulated", "simulated"], ["pasted", "paste your own"]];
       const chart = lm.chart({ label: () => `Residuals of the fit, run by run, from ${source.length} runs`, height: 220, margin: { left: 58 }, x: () => ({ domain: source.length ? [Math.min(...source.map((r) => 6 * r[0] * r[1])) / 2, Math.max(...source.map((r) => 6 * r[0] * r[1])) * 2] : [1, 10], log: true, label: "compute of the run (FLOPs)" }),
         y: () => { const top = fitted ? Math.max(0.002, ...F.residuals(fitted.law, source).map(Math.abs)) * 1.15 : 1; return { domain: [-top, top], label: "log residual" }; },
         draw(p) { p.hline(0, { color: "soft" }); if (!fitted) return; const kept = new Set(fitted.kept); F.residuals(fitted.law, source).forEach((r, i) => p.dots([[6 * source[i][0] * source[i][1], r]], { color: kept.has(source[i]) ? "blue" : "red", r: 4, title: `${lm.si(source[i][0])} on ${lm.si(source[i][1])}: ${nats(source[i][2])}${kept.has(source[i]) ? "" : " (dropped)"}` })); } });
@@ -643,7 +659,9 @@ export default {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], i = TABS.findIndex(([key]) => key === name); if (!step) return;
       event.preventDefault(); const next = TABS[(i + step + TABS.length) % TABS.length][0]; put({ tab: next }); tabs[next].focus();
     } }, text)]));
-    ui.body.append(h("div", { class: "tabs", role: "tablist", "aria-label": "More questions" }, Object.values(tabs)), ...Object.values(pages).map(({ node }) => node));
+    const list = h("div", { class: "tabs", role: "tablist", "aria-label": "More questions" }, Object.values(tabs));
+    let opened = null;
+    ui.body.append(list, ...Object.values(pages).map(({ node }) => node));
 
     // ------------------------------------------------------------------ the address: a view can be sent
     const message = h("p", { class: "quiet", role: "status" }), tell = (text) => { message.textContent = text; };
@@ -661,7 +679,6 @@ export default {
         const list = key === "law" ? Object.keys(labels) : key === "chip" ? Object.keys(get("hardware")) : key === "tab" ? TABS.map(([name]) => name) : CHOICES[key], v = key === "constants" ? text.split(",").map(lm.parse) : lm.parse(text);
         if (list ? list.includes(text) : key === "constants" ? v.length === 5 && v.every((c) => c > 0 && c < 1e9) : LIMITS[key] && v >= LIMITS[key][0] && v <= LIMITS[key][1]) values[key] = list ? text : v; else ignored.push(part.slice(0, 40));
       }
-      if (values.runs === "book" && !get("data").length) values.runs = "simulated";
       put(values); tell(ignored.length ? `Part of the link could not be read and was left out: ${ignored.join(", ")}.` : "");
     };
     let writing;
@@ -677,9 +694,10 @@ export default {
       const sure = plainBand() && band((l) => l.tokens_per_parameter(get("compute")));
       tiles.N.set(lm.si(counted(a.N_opt)), what()); tiles.D.set(lm.si(a.D_opt)); tiles.loss.set(nats(a.loss));
       tiles.ratio.set(ratio(a.D_opt / counted(a.N_opt)), sure ? `tokens per parameter (80\u00a0%: ${ratio(sure.low)}–${ratio(sure.high)})` : "tokens per parameter");
-      ui.say(sentence()); iso.redraw(); map.redraw();
+      ui.say(sentence()); iso.redraw(); map.redraw(); showLegend();
       const open = pages[get("tab")] ? get("tab") : "mine";
       for (const [name, { node, update: refresh }] of Object.entries(pages)) { const yes = name === open; node.hidden = !yes; tabs[name].setAttribute("aria-selected", yes); tabs[name].tabIndex = yes ? 0 : -1; if (yes) refresh(); }
+      if (open !== opened) { opened = open; list.scrollLeft = tabs[open].offsetLeft - list.offsetLeft - 30; }
       if (mayWrite) writeLink();
     };
     if (mayWrite) { readLink(); addEventListener("hashchange", readLink); }

@@ -8,6 +8,7 @@ Every number comes from `llmlib.scaling`; `scaling_explorer.js` holds the same f
 
 import math
 from dataclasses import replace
+from functools import cache
 
 from llmlib import scaling
 from llmlib.errors import require
@@ -32,6 +33,7 @@ INPUTS = {
     "shift": 1.0, "low": 768.0, "high": 1.5e9,
 }  # fmt: skip
 """What the reader sets, with the value a page starts from. 0 stands for "no limit" in served, unique and memory."""
+CONSTANTS = ("E", "A", "B", "alpha", "beta")
 ANSWERS = ("N_opt", "D_opt", "loss", "ratio", "N_serve", "D_serve", "saved", "loss_mine", "excess", "wasted")
 """What the explorer works out, by `answer`; None where a law has no such answer."""
 
@@ -66,12 +68,15 @@ def state(**start) -> dict:
     require(
         start.get("law", "refit") in LABELS, f"law {start.get('law')!r} is not known: choose from {', '.join(LABELS)}"
     )
-    runs, draws = _recorded()
+    from llmlib.notebook import recorded
+
+    own = _own()
     return INPUTS | start | {
-        "laws": {name: _law(name) for name in LABELS if name in scaling.LAWS},
-        "labels": {name: label for name, label in LABELS.items() if name in scaling.LAWS or name in ("moe", "custom")},
-        "draws": draws,
-        "data": runs,
+        "laws": {name: _law(name) for name in LABELS if name in scaling.LAWS} | {"ours": own["law"]},
+        "labels": LABELS,
+        "draws": {"refit": recorded("scaling-refit")["draws"], "ours": own["draws"]},
+        "data": own["runs"],
+        "data_reach": own["reach"],
         "models": [[m.name, m.year, m.N, m.N_active, m.D, m.certainty, m.source] for m in scaling.published_models()],
         "hardware": {name: chip._asdict() for name, chip in scaling.CHIPS.items()},
         "moe": {
@@ -85,15 +90,27 @@ def state(**start) -> dict:
 
 def _law(name: str) -> dict:
     law = scaling.LAWS[name]
-    keys = ("alpha_N", "alpha_D", "N_c", "D_c", "a", "b") if name == "kaplan" else ("E", "A", "B", "alpha", "beta")
+    keys = ("alpha_N", "alpha_D", "N_c", "D_c", "a", "b") if name == "kaplan" else CONSTANTS
     return {key: float(getattr(law, key)) for key in keys} | {"source": law.source, "note": law.note}
 
 
-def _recorded() -> tuple[list, dict]:
-    """The book's own runs as [N, D, loss] rows, and resampled constants by law, from the recorded files."""
+@cache
+def _own() -> dict:
+    """The book's own runs (N, D, loss), the law fitted to them, and 200 resamples of it."""
     from llmlib.notebook import recorded
 
-    return [], {"refit": recorded("scaling-refit")["draws"]}
+    runs = [run for run in recorded("scaling").values() if isinstance(run, dict) and run.get("lr_factor") == 1]
+    columns = [[run[key] for run in runs] for key in ("N", "D", "loss")]
+    fit = scaling.fit_parametric(*columns)
+    resampled = fit.bootstrap(200, seed=0)
+    note = "bytes of Python; N without the input embedding; the five constants are not pinned down by so small a range"
+    law = {key: float(f"{getattr(fit, key):.8g}") for key in CONSTANTS}
+    return {
+        "runs": list(map(list, zip(*columns, strict=True))),
+        "law": law | {"source": "book/recorded/scaling.json, fitted by llmlib.scaling", "note": note},
+        "reach": [min(run["budget"] for run in runs), max(run["budget"] for run in runs)],
+        "draws": [[float(f"{x:.5g}") for x in row] for row in zip(*map(resampled.samples, CONSTANTS), strict=True)],
+    }
 
 
 def current_law(law, constants, experts, weights, activations, kv, **_):
@@ -103,9 +120,13 @@ def current_law(law, constants, experts, weights, activations, kv, **_):
     if law == "custom":
         chosen = scaling.ParametricLaw(*constants)
     else:
-        chosen = scaling.moe(experts) if law == "moe" else scaling.LAWS[law]
+        chosen = scaling.moe(experts) if law == "moe" else _named(law)
     kept = scaling.precision(1.0, weights=weights, activations=activations, kv=kv) / scaling.precision(1.0)
     return replace(chosen, A=chosen.A * kept**-chosen.alpha)
+
+
+def _named(law: str) -> scaling.ParametricLaw:
+    return scaling.ParametricLaw(*(_own()["law"][key] for key in CONSTANTS)) if law == "ours" else scaling.LAWS[law]
 
 
 def answer(**inputs) -> dict:
