@@ -6,22 +6,27 @@ A chapter starts with
     notebook.style()
 
 and then uses `show`, `check`, `exercise`, `table`, `model_table`, `matrix`, `heatmap`, `lines`, `boxes`, `colours`,
-`recorded` and `full_size` from here. `llmlib.notebook.recording` is for the scripts behind `make record CHAPTER=…`.
+`recorded`, `full_size`, `attention_weights` and `largest_logits` from here. `llmlib.notebook.recording` is for the
+scripts behind `make record CHAPTER=…`.
 """
 
 from llmlib.notebook.checking import check
 from llmlib.notebook.exercises import exercise, verdict
 from llmlib.notebook.figures import boxes, colours, heatmap, lines, style
-from llmlib.notebook.records import full_size, recorded, recording
+from llmlib.notebook.looking import attention_calls, attention_weights, largest_logits
+from llmlib.notebook.records import full_size, recorded, recording, time_on_gpu
 from llmlib.notebook.tables import matrix, model_table, show, table
 
 __all__ = [
+    "attention_calls",
+    "attention_weights",
+    "boxes",
     "check",
     "colours",
-    "boxes",
     "exercise",
     "full_size",
     "heatmap",
+    "largest_logits",
     "lines",
     "matrix",
     "model_table",
@@ -30,5 +35,6 @@ __all__ = [
     "show",
     "style",
     "table",
+    "time_on_gpu",
     "verdict",
 ]

@@ -108,3 +108,21 @@ def full_size(chapter: str, measure: Callable[[], list[dict]]) -> None:
     made = found["provenance"]
     caption = f"Recorded on {made['machine']}, torch {made['torch']}, {made['date']}, by {made['command']}"
     table(found["rows"], caption=caption)
+
+
+def time_on_gpu(call: Callable[[], object], repeats: int = 20) -> dict[str, float]:
+    """Milliseconds of `call()`, median of `repeats` runs after three to warm up, and the most memory one adds."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, times = torch.cuda.memory_allocated(), []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    peak = torch.cuda.max_memory_allocated() - before
+    return {"ms": round(sorted(times)[repeats // 2], 3), "peak MB": round(peak / 1e6, 1)}
