@@ -16,6 +16,25 @@ GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions"
 FALCON = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 NEOX = SMALL | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 GEMMA = LLAMA | {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 4}
+MOE = LLAMA | {"num_experts_per_tok": 2}
+DEEPSEEK = MOE | {
+    "num_key_value_heads": 4, "n_routed_experts": 6, "moe_intermediate_size": 24, "kv_lora_rank": 16, "q_lora_rank": 24,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10, "first_k_dense_replace": 1, "n_group": 3,
+    "topk_group": 2,
+}  # fmt: skip
+MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8}
+MAMBA2 = MAMBA | {"num_heads": 8, "head_dim": 8, "n_groups": 2}
+SCAN2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16}
+GRANITE = {
+    "shared_intermediate_size": 40, "embedding_multiplier": 6.0, "attention_multiplier": 0.3,
+    "residual_multiplier": 0.6, "logits_scaling": 3.0,
+}  # fmt: skip
+NEMOTRON = LLAMA | {
+    "hybrid_override_pattern": "M*-EM", "num_hidden_layers": 5, "mamba_num_heads": 8, "mamba_head_dim": 8,
+    "ssm_state_size": 16, "n_groups": 2, "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 20, "head_dim": 8, "n_group": 3, "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+}  # fmt: skip
 
 CASES: dict[str, tuple[str, dict]] = {
     "gpt2": ("gpt2", GPT2),
@@ -94,6 +113,70 @@ CASES: dict[str, tuple[str, dict]] = {
         LLAMA | {"embedding_multiplier": 6.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4,
                  "logits_scaling": 3.0, "tie_word_embeddings": True},
     ),
+    "mixtral": ("mixtral", MOE | {"num_local_experts": 4}),
+    "mixtral-window": ("mixtral", MOE | {"num_local_experts": 3, "sliding_window": 8, "tie_word_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe", MOE | {"num_experts": 5, "moe_intermediate_size": 24, "head_dim": 12}),
+    "qwen3_moe-mixed": (
+        "qwen3_moe",
+        MOE | {"num_experts": 4, "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [0],
+               "decoder_sparse_step": 2, "head_dim": 8, "attention_bias": True},
+    ),
+    "olmoe": ("olmoe", MOE | {"num_experts": 4, "norm_topk_prob": True}),
+    "olmoe-clipped": ("olmoe", MOE | {"num_experts": 4, "clip_qkv": 0.7}),
+    "deepseek_v2": ("deepseek_v2", DEEPSEEK),
+    "deepseek_v2-grouped": (
+        "deepseek_v2",
+        DEEPSEEK | {"topk_method": "group_limited_greedy", "q_lora_rank": None, "routed_scaling_factor": 3.0,
+                    "attention_bias": True},
+    ),
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK),
+    "deepseek_v3-yarn": (
+        "deepseek_v3",
+        DEEPSEEK | {"norm_topk_prob": False, "n_shared_experts": 2, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 16,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        MOE | {"num_local_experts": 4, "head_dim": 8, "sliding_window": 8, "num_hidden_layers": 4},
+    ),
+    "mamba": ("mamba", MAMBA),
+    "mamba-biases": ("mamba", MAMBA | {"use_bias": True, "use_conv_bias": False, "time_step_rank": 5,
+                                       "tie_word_embeddings": False, "expand": 3, "conv_kernel": 3}),
+    "falcon_mamba": ("falcon_mamba", MAMBA),
+    "mamba2": ("mamba2", MAMBA2),
+    "mamba2-limits": (
+        "mamba2",
+        MAMBA2 | {"n_groups": 1, "chunk_size": 8, "time_step_limit": (0.3, 0.9), "use_bias": True,
+                  "use_conv_bias": False, "tie_word_embeddings": True},
+    ),
+    "jamba": (
+        "jamba",
+        MOE | {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+               "expert_layer_offset": 1, "num_experts": 4, "mamba_d_state": 8},
+    ),
+    "jamba-dense": (
+        "jamba",
+        MOE | {"num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 2, "num_experts": 1,
+               "mamba_d_state": 8, "mamba_proj_bias": True, "mamba_conv_bias": False},
+    ),
+    "bamba": ("bamba", LLAMA | SCAN2 | {"attn_layer_indices": [1], "mamba_n_groups": 2}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        MOE | SCAN2 | GRANITE | {"num_local_experts": 4, "layer_types": ["mamba", "attention", "mamba"]},
+    ),
+    "granitemoehybrid-dense-rope": (
+        "granitemoehybrid",
+        LLAMA | SCAN2 | GRANITE | {"num_local_experts": 0, "layer_types": ["mamba", "attention", "mamba"],
+                                   "position_embedding_type": "rope"},
+    ),
+    "granitemoehybrid-attention-only": (
+        "granitemoehybrid",
+        MOE | SCAN2 | GRANITE | {"num_local_experts": 4, "layer_types": ["attention"] * 3, "position_embedding_type": "rope"},
+    ),
+    "nemotron_h": ("nemotron_h", NEMOTRON),
+    "nemotron_h-dense": ("nemotron_h", NEMOTRON | {"hybrid_override_pattern": "M*-M-", "mlp_bias": True,
+                                                   "attention_bias": True}),
 }  # fmt: skip
 
 

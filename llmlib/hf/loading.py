@@ -110,10 +110,10 @@ def read_config(folder: Path) -> tuple[ModelConfig, Family]:
 
 @torch.no_grad()
 def fill_model(model: CausalLM, chosen: Family, source: Checkpoint) -> None:
-    """Copy every weight into place; every parameter must be filled, and every stored tensor used."""
+    """Copy every weight into place; every parameter and buffer must be filled, and every stored tensor used."""
     source = _Prefixed(source, chosen.prefix)
     used: set[str] = set()
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         row, i = place(name)
         table = chosen.table if i is None or chosen.choose is None else chosen.table | chosen.choose(model.config, i)
         if row not in table:

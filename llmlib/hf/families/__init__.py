@@ -1,5 +1,5 @@
 """Every family that `load` reads: a config reader and a rename table each, and no model code."""
 
-from llmlib.hf.families import classics, llamas
+from llmlib.hf.families import classics, experts, llamas, statespaces
 
-__all__ = ["classics", "llamas"]
+__all__ = ["classics", "experts", "llamas", "statespaces"]
