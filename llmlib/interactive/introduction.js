@@ -1,11 +1,12 @@
 /* A causal language model that runs here: embedding, blocks of attention and SwiGLU, head; then sampling. */
 const LM = (() => {
+  const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
   const read = (text, Type) => new Type(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
   const load = (packed) => {
     const w = Object.fromEntries(Object.entries(packed.weights).map(([name, part]) => {
       if (part.values) return [name, read(part.values, Float32Array)];
-      const whole = read(part.int8, Int8Array), scale = read(part.scale, Float32Array), columns = whole.length / part.rows;
-      return [name, Float32Array.from(whole, (v, i) => v * scale[Math.floor(i / columns)])];
+      const scale = read(part.scale, Float32Array), columns = part.letters.length / scale.length;
+      return [name, Float32Array.from(part.letters, (letter, i) => (LETTERS.indexOf(letter) - 31) * scale[Math.floor(i / columns)])];
     }));
     const pairs = packed.d / packed.heads / 2, turns = Array.from({ length: pairs }, (_, i) => packed.theta ** (-i / pairs));
     return { ...packed, w, turns, head: w["head.weight"] || w["embedding.weight"], memory: { start: 0, bytes: [], keys: [], values: [], logits: null, surprise: [] } };
@@ -92,7 +93,7 @@ export default {
     const encode = (text) => Array.from(new TextEncoder().encode(text)), start = model.get("text");
     const char = (b) => (b === 32 ? "space" : b === 10 ? "newline" : b === 9 ? "tab" : b > 32 && b < 127 ? String.fromCharCode(b) : `byte ${b}`);
     const percent = (p) => `${p > 0 && p < 0.0005 ? lm.num(100 * p, 1) : (100 * p).toFixed(1)} %`;
-    const ui = lm.panel(el, { title: "A language model in this page", note: `${weights.toLocaleString("en").replace(/,/g, "\u202f")} weights of 8 bits, in your browser and nowhere else. Edit the text, click a byte to add it, or let the model write.` });
+    const ui = lm.panel(el, { title: "A language model in this page", note: `${weights.toLocaleString("en").replace(/,/g, "\u202f")} weights of 6 bits, in your browser and nowhere else. Edit the text, click a byte to add it, or let the model write.` });
     const text = lm.bind(model, "text", lm.text({ label: "text", rows: 3 }));
     const temperature = lm.slider({ label: "temperature", min: 0, max: 2, step: 0.05 });
     const top_k = lm.slider({ label: "top-k", min: 1, max: 256, log: true, format: (v) => String(Math.round(v)) });

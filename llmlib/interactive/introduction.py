@@ -1,6 +1,7 @@
 """A language model inside the page: its weights, packed for `introduction.js`, which computes the logits there."""
 
 import base64
+import string
 
 import torch
 from torch import Tensor
@@ -10,10 +11,11 @@ from llmlib.model import CausalLM
 from llmlib.notebook.experiments.introduction import pocket, quantise
 
 PROMPT = "    def __init__(self"
+LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
 
 
 def pack(model: CausalLM) -> dict:
-    """Sizes, and each weight as base64: matrices as 8-bit numbers with a float32 scale per row, vectors as float32."""
+    """Sizes, and each weight: of a matrix one character per number and a scale per row, of a vector float32."""
     attention, config = model.layers[0].mixer, model.config
     sizes = {
         "d": config.d_model, "layers": len(config.layers), "heads": attention.num_heads, "vocab": config.vocab_size,
@@ -27,7 +29,8 @@ def _pack(weight: Tensor) -> dict:
     if weight.ndim == 1:
         return {"values": _text(weight.float())}
     whole, scale = quantise(weight)
-    return {"rows": len(weight), "int8": _text(whole), "scale": _text(scale)}
+    letters = "".join(LETTERS[i] for i in (whole + 31).flatten().tolist())
+    return {"letters": letters, "scale": _text(scale)}
 
 
 def _text(values: Tensor) -> str:
@@ -35,7 +38,7 @@ def _text(values: Tensor) -> str:
 
 
 def unpack(packed: dict) -> CausalLM:
-    """The model that `pack` was given, with the weights that 8 bits keep."""
+    """The model that `pack` was given, with the weights that 6 bits keep."""
 
     def read(text: str, dtype) -> Tensor:
         return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=dtype)
@@ -43,7 +46,9 @@ def unpack(packed: dict) -> CausalLM:
     def restore(part: dict) -> Tensor:
         if "values" in part:
             return read(part["values"], torch.float32)
-        return read(part["int8"], torch.int8).view(part["rows"], -1) * read(part["scale"], torch.float32)[:, None]
+        scale = read(part["scale"], torch.float32)
+        whole = torch.tensor([LETTERS.index(letter) - 31 for letter in part["letters"]])
+        return whole.view(len(scale), -1) * scale[:, None]
 
     model = CausalLM(pocket())
     model.load_state_dict({name: restore(part) for name, part in packed["weights"].items()})

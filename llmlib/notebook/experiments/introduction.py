@@ -22,14 +22,14 @@ def pocket() -> ModelConfig:
 
 
 def quantise(weight: Float[Tensor, "rows columns"]) -> tuple[Int[Tensor, "rows columns"], Float[Tensor, "rows"]]:
-    """Whole numbers −127…127 and one scale per row, with weight ≈ number · scale."""
-    scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+    """Whole numbers −31…31 and one scale per row, with weight ≈ number · scale."""
+    scale = weight.abs().amax(1).clamp(min=1e-12) / 31
     return torch.round(weight / scale[:, None]).to(torch.int8), scale
 
 
 @torch.no_grad()
 def round_weights_(model: CausalLM) -> CausalLM:
-    """Replace each matrix by what 8 bits keep of it, in place: then Python and the page have equal weights."""
+    """Replace each matrix by what 6 bits keep of it, in place: then Python and the page have equal weights."""
     for weight in model.parameters():
         if weight.ndim == 2:
             whole, scale = quantise(weight)
