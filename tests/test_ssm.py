@@ -89,7 +89,167 @@ def test_gradients_are_those_of_the_definition(kernel):
         assert torch.autograd.gradcheck(scan, (*ssd_inputs(1, 5, 2, 2, 1, 2), h))
 
 
+def mamba3_inputs(b=2, t=7, h=4, r=2, p=3, g=2, n=6, a=2, with_D=True, seed=0, dtype=torch.float64):
+    random = torch.Generator().manual_seed(seed)
+    shapes = (b, t, h, r, p), (b, t, h), (b, t, g, r, n), (b, t, g, r, n), (h, r, n), (h, r, n), (b, t, a), (h,)
+    x, trap, B, C, B_bias, C_bias, angles, D = (torch.randn(*s, generator=random, dtype=dtype) for s in shapes)
+    dt, A = (torch.rand(b, t, h, generator=random, dtype=dtype) + 0.01 for _ in range(2))
+    args = (x, dt, -A, trap, B, C, B_bias, C_bias, angles, D)
+    return [v.requires_grad_() for v in args][: 10 if with_D else 9]
+
+
+MAMBA3 = {
+    "recurrent": ssm.mamba3_recurrent,
+    "quadratic": ssm.mamba3_quadratic,
+    "chunk 1": lambda *a: ssm.mamba3_scan(*a, chunk_size=1),
+    "chunk 5": lambda *a: ssm.mamba3_scan(*a, chunk_size=5),
+    "chunk 64": lambda *a: ssm.mamba3_scan(*a, chunk_size=64),
+}
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 2), st.integers(1, 17), st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 3),
+    st.integers(1, 3), st.integers(0, 3), st.booleans(),
+)  # fmt: skip
+def test_mamba3_has_three_equal_forms(b, t, g, heads_per_group, r, p, pairs, turning, with_D):
+    args = mamba3_inputs(b, t, g * heads_per_group, r, p, g, 2 * pairs, min(turning, pairs), with_D)
+    assert_forms_agree(MAMBA3, args)
+
+
+def test_mamba3_without_its_three_ideas_is_ssd():
+    """Euler's rule (λ = 1), no angle, one input: Mamba-2's recurrence, with a decay that the token chooses."""
+    x, dt, A, trap, B, C, B_bias, C_bias, angles, D = mamba3_inputs(r=1)
+    A = A[:1, :1].expand_as(dt)
+    y = ssm.mamba3_scan(x, dt, A, torch.full_like(trap, 50.0), B, C, 0 * B_bias, 0 * C_bias, angles[..., :0], D)
+    expected = ssm.ssd(x.squeeze(3), dt, A[0, 0], B.squeeze(3), C.squeeze(3), D)
+    torch.testing.assert_close(y.squeeze(3), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_trapezoid_converges_faster_than_euler():
+    """A ramp over one unit of time, its exact state known: halving dt quarters the error rather than halving it."""
+
+    def error(steps, trap):
+        ones = torch.ones(1, steps, 1, 1, 1, dtype=torch.float64)
+        dt, A = torch.full((1, steps, 1), 1 / steps, dtype=torch.float64), -torch.ones(1, steps, 1, dtype=torch.float64)
+        x = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:].view(1, steps, 1, 1, 1)
+        BC = torch.cat([ones, 0 * ones], -1)
+        no = torch.zeros(1, 1, 2, dtype=torch.float64)
+        y = ssm.mamba3_scan(x, dt, A, torch.full_like(dt, trap), BC, BC, no, no, x.new_zeros(1, steps, 0))
+        return abs(y[0, -1].item() - math.exp(-1))  # h' = −h + t from 0 is t − 1 + exp(−t)
+
+    assert 3.9 < error(64, 0.0) / error(128, 0.0) < 4.1
+    assert 1.9 < error(64, 50.0) / error(128, 50.0) < 2.1
+
+
+def delta_inputs(b=2, t=7, h=3, d=4, e=5, seed=0, dtype=torch.float64):
+    r = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(b, t, h, n, generator=r, dtype=dtype) for n in (d, d, e))
+    beta, log_decay = (torch.rand(b, t, h, generator=r, dtype=dtype) for _ in range(2))
+    args = (q, torch.nn.functional.normalize(k, dim=-1), v, 2 * beta, -log_decay)
+    return [w.requires_grad_() for w in args]
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 2), st.integers(1, 20), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
+def test_the_delta_rule_in_chunks_is_the_delta_rule(b, t, h, d, e):
+    forms = {"recurrent": ssm.gated_delta_recurrent}
+    forms |= {str(c): lambda *a, c=c: ssm.gated_delta_rule(*a, chunk_size=c) for c in (1, 4, 64)}
+    assert_forms_agree(forms, delta_inputs(b, t, h, d, e))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 20), st.booleans())
+def test_linear_attention_has_three_equal_forms(t, with_decay):
+    q, k, v, _, log_decay = delta_inputs(t=t)
+    args = [q, k, v, log_decay][: 4 if with_decay else 3]
+    decay = lambda log=None: None if log is None else log.exp().unsqueeze(-1)  # noqa: E731
+    forms = {
+        "recurrent": lambda q, k, v, *log: ssm.matrix_recurrence(q, k, v, decay(*log)),
+        "quadratic": ssm.linear_attention_quadratic,
+        "chunk 3": lambda *a: ssm.linear_attention(*a, chunk_size=3),
+        "chunk 64": ssm.linear_attention,
+    }
+    assert_forms_agree(forms, args)
+
+
+# S is (e d), g the gate as it multiplies S, kk = k kᵀ, vk = v kᵀ, I the identity
+UPDATES = {
+    "linear attention": lambda S, g, beta, kk, vk, I: S + vk,
+    "RetNet": lambda S, g, beta, kk, vk, I: g * S + vk,
+    "Mamba-2": lambda S, g, beta, kk, vk, I: g * S + beta * vk,
+    "GLA": lambda S, g, beta, kk, vk, I: S * g + vk,
+    "DeltaNet": lambda S, g, beta, kk, vk, I: S @ (I - beta * kk) + beta * vk,
+    "Gated DeltaNet": lambda S, g, beta, kk, vk, I: g * S @ (I - beta * kk) + beta * vk,
+    "KDA": lambda S, g, beta, kk, vk, I: S * g @ (I - beta * kk) + beta * vk,
+    "RWKV-7": lambda S, g, beta, kk, vk, I: S @ (g * I - beta * kk) + vk,
+}
+
+
+@pytest.mark.parametrize("member", ssm.FAMILY, ids=lambda m: m.name)
+def test_each_member_is_the_update_its_paper_states(member):
+    q, k, v, beta, _ = (w.detach() for w in delta_inputs(t=6))
+    gate = torch.rand(2, 6, 3, 4 if member.decay == "per channel" else 1, dtype=torch.float64)
+    kk, vk = torch.einsum("bthi,bthj->bthij", k, k), torch.einsum("bthi,bthj->bthij", v, k)
+    S, ys = torch.zeros(2, 3, 5, 4, dtype=torch.float64), []
+    for t in range(6):
+        now = gate[:, t].unsqueeze(-2), beta[:, t, :, None, None], kk[:, t], vk[:, t]
+        S = UPDATES[member.name](S, *now, torch.eye(4, dtype=torch.float64))
+        ys.append(torch.einsum("bhed,bhd->bhe", S, q[:, t]))
+    terms = member.terms(k, v, gate if member.decay == "per channel" else gate[..., 0], beta)
+    torch.testing.assert_close(ssm.matrix_recurrence(q, **terms), torch.stack(ys, 1), rtol=1e-10, atol=1e-10)
+
+
+def test_the_delta_rule_is_transformers():
+    module = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    q, k, v, beta, log_decay = (w.detach().float() for w in delta_inputs(t=70, d=16, e=8))
+    expected, state = module.torch_recurrent_gated_delta_rule(q, k, v, log_decay, beta, output_final_state=True)
+    y, S = ssm.gated_delta_rule(q * 16**-0.5, k, v, beta, log_decay, return_state=True)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(S.mT, state, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 20), st.sampled_from(["zoh", "bilinear"]), st.sampled_from(["lin", "inv", "real"]))
+def test_s4d_is_a_recurrence_and_a_convolution(t, method, initial):
+    modes = {"lin": ssm.s4d_lin, "inv": ssm.s4d_inv, "real": ssm.s4d_real}[initial](4).to(torch.complex128)
+    dt, x = torch.rand(3, dtype=torch.float64) * 0.5 + 0.01, torch.randn(2, t, 3, dtype=torch.float64)
+    C = torch.randn(3, 4, dtype=torch.complex128)
+    A_bar, B_bar = ssm.discretise(modes.expand(3, 4), torch.ones(3, 4, dtype=torch.complex128), dt, method)
+    assert (A_bar.abs() < 1).all()
+    y, _ = ssm.s4d_recurrent(x, A_bar, B_bar, C)
+    torch.testing.assert_close(ssm.s4d_convolve(x, ssm.s4d_kernel(A_bar, B_bar, C, t)), y, rtol=1e-10, atol=1e-10)
+    states = ssm.associative_scan(A_bar.expand(2, t, 3, 4), B_bar * x.unsqueeze(-1))
+    torch.testing.assert_close(torch.einsum("btdn,dn->btd", states, C).real, y, rtol=1e-10, atol=1e-10)
+
+
+def test_discretisations_are_scipys():
+    signal = pytest.importorskip("scipy.signal")
+    A, B, dt = torch.tensor([[-0.7, -2.0]]).double(), torch.tensor([[1.5, -0.3]]).double(), torch.tensor([0.3]).double()
+    for method in ("zoh", "bilinear"):
+        system = torch.diag(A[0]).numpy(), B.T.numpy(), torch.zeros(1, 2).numpy(), torch.zeros(1, 1).numpy()
+        A_bar, B_bar = ssm.discretise(A, B, dt, method)
+        expected = signal.cont2discrete(system, 0.3, method=method)
+        torch.testing.assert_close(torch.diag(A_bar[0]), torch.tensor(expected[0]))
+        torch.testing.assert_close(B_bar.T, torch.tensor(expected[1]))
+
+
+def test_s4d_modes_come_from_hippo():
+    """LegS plus a matrix of rank one is normal; its eigenvalues have real part −½, and S4D-Inv is close to them."""
+    A, B = ssm.hippo_legs(64)
+    modes = torch.linalg.eigvals(A + torch.outer(B, B) / 2)
+    torch.testing.assert_close(modes.real, torch.full((64,), -0.5, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    largest, guess = modes.imag.max().item(), ssm.s4d_inv(32).imag.max().item()
+    assert abs(largest / guess - 1) < 0.05
+
+
 SCANS = {
+    "mamba3_scan": (ssm.mamba3_scan, mamba3_inputs, {"chunk_size": 4}),
+    "gated_delta_rule": (
+        lambda v, q, k, *a, **o: ssm.gated_delta_rule(q, k, v, *a, **o),
+        lambda **s: [delta_inputs(**s)[i] for i in (2, 0, 1, 3, 4)],
+        {"chunk_size": 4},
+    ),
     "selective_scan": (ssm.selective_scan, selective_inputs, {}),
     "ssd": (ssm.ssd, ssd_inputs, {"chunk_size": 4}),
 }
@@ -101,9 +261,10 @@ scans = pytest.mark.parametrize("name", SCANS)
 @given(t=st.integers(2, 14), data=st.data())
 def test_a_scan_is_causal(name, t, data):
     scan, inputs, options = SCANS[name]
-    args = inputs(t=t)
+    args = inputs(t=t, b=5)
     at = data.draw(st.integers(0, t - 1))
-    for gradient in torch.autograd.grad(scan(*args, **options)[:, at].sum(), [args[i] for i in (0, 1, 3, 4)]):
+    timed = [w for w in args if len(w) == 5]
+    for gradient in torch.autograd.grad(scan(*args, **options)[:, at].sum(), timed):
         assert (gradient[:, at + 1 :] == 0).all()
 
 
@@ -123,20 +284,19 @@ def test_a_scan_is_linear_in_x(name, t, a, b):
 @given(t=st.integers(2, 14), data=st.data())
 def test_a_text_can_be_split_anywhere(name, t, data):
     scan, inputs, options = SCANS[name]
-    x, dt, A, B, C, D = inputs(t=t)
+    args = inputs(t=t, b=5)
     cut = data.draw(st.integers(1, t - 1))
-    whole, last = scan(x, dt, A, B, C, D, return_state=True, **options)
-    y1, state = scan(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, return_state=True, **options)
-    y2, state = scan(
-        x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], D, initial_state=state, return_state=True, **options
-    )
+    whole, last = scan(*args, return_state=True, **options)
+    first, rest = ([w[:, part] if len(w) == 5 else w for w in args] for part in (slice(cut), slice(cut, None)))
+    y1, state = scan(*first, return_state=True, **options)
+    y2, state = scan(*rest, initial_state=state, return_state=True, **options)
     torch.testing.assert_close(torch.cat([y1, y2], 1), whole, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(state, last, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dt, A", [(1e-6, -1e-4), (1e-6, -1e4), (0.1, -1.0), (100.0, -1e4), (100.0, -1e-4)])
-@scans
+@pytest.mark.parametrize("name", ["selective_scan", "ssd"])
 def test_extremes_stay_finite(name, dt, A, dtype):
     scan, inputs, _ = SCANS[name]
     sizes = {"t": 8192, "d": 2, "n": 2} if name == "selective_scan" else {"t": 8192, "h": 2, "p": 2, "g": 1, "n": 2}
@@ -147,6 +307,24 @@ def test_extremes_stay_finite(name, dt, A, dtype):
     assert y.dtype == dtype and state.dtype == torch.float32
     for value in (y, state, *torch.autograd.grad(y.float().square().mean() + state.mean(), args)):
         assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dt, A", [(1e-6, -1e-4), (0.1, -1.0), (100.0, -1e4), (100.0, -1e-4)])
+def test_extremes_of_mamba3_and_the_delta_rule_stay_finite(dt, A, dtype):
+    args = [w.detach().float() for w in mamba3_inputs(b=1, t=8192, h=1, r=1, p=2, g=1, n=2, a=1)]
+    args[1], args[2] = torch.full_like(args[1], dt), torch.full_like(args[2], A)
+    half = {0, 3, 4, 5, 8}
+    delta = [w.detach().float() for w in delta_inputs(b=1, t=8192, h=1, d=2, e=2)]
+    delta[4] = torch.full_like(delta[4], dt * A)
+    for scan, inputs in (
+        (ssm.mamba3_scan, [w.to(dtype) if i in half else w for i, w in enumerate(args)]),
+        (ssm.gated_delta_rule, [w.to(dtype) if i < 3 else w for i, w in enumerate(delta)]),
+    ):
+        inputs = [w.requires_grad_() for w in inputs]
+        y = scan(*inputs)
+        assert y.dtype == dtype and y.isfinite().all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(y.float().square().mean(), inputs))
 
 
 def test_long_sums_do_not_drift():
@@ -204,6 +382,15 @@ def test_wrong_shapes_are_named(scan, inputs, bad, message):
 def test_a_convolution_with_another_history_is_named():
     with pytest.raises(ValueError, match="history has 2 steps, and a filter of width 4 looks back at 3"):
         ssm.causal_conv(torch.ones(1, 5, 2), torch.ones(2, 4), history=torch.ones(1, 2, 2))
+
+
+def test_angles_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="angles turn 4 pairs, and B has 6 numbers"):
+        ssm.mamba3_scan(*mamba3_inputs(n=6, a=4))
+    args = mamba3_inputs()
+    state = [torch.zeros(2, 4, 2), torch.zeros(2, 4, 3, 5), torch.zeros(2, 4, 2, 6), torch.zeros(2, 4, 2, 3)]
+    with pytest.raises(ValueError, match=r"initial state has shape \(2, 4, 3, 5\) as \(b, h, p, n\), so n = 5"):
+        ssm.mamba3_scan(*args, initial_state=tuple(state))
 
 
 def test_no_time_is_no_scan():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmlib.context import Context
 from llmlib.errors import ConfigError
 from llmlib.norm import RMSNorm
-from llmlib.ssm import GatedRMSNorm, Mamba, Mamba2
+from llmlib.ssm import S4D, GatedDeltaNet, GatedRMSNorm, LinearAttention, Mamba, Mamba2, Mamba3
 
 torch.set_num_threads(1)
 D_MODEL = 16
@@ -25,6 +25,15 @@ LAYERS = {
         D_MODEL, num_heads=3, head_dim=8, expand=None, d_state=5, norm_before_gate=True, bias=True, dt_limit=(0.01, 0.5)
     ),
     "Mamba2, no norm": lambda: Mamba2(D_MODEL, head_dim=16, d_state=8, gated_norm=False, d_conv=1, conv_bias=False),
+    "Mamba3": lambda: Mamba3(D_MODEL, head_dim=8, d_state=8, n_groups=2, chunk_size=4),
+    "Mamba3, MIMO": lambda: Mamba3(D_MODEL, head_dim=8, d_state=6, mimo_rank=2, rope_fraction=1.0, gated_norm=True),
+    "Mamba3, real, convolution": lambda: Mamba3(D_MODEL, head_dim=16, d_state=4, complex_rope=False, use_conv=True),
+    "S4D": lambda: S4D(D_MODEL, d_state=3),
+    "S4D, bilinear": lambda: S4D(D_MODEL, d_state=3, method="bilinear", initial="inv"),
+    "LinearAttention": lambda: LinearAttention(D_MODEL, num_heads=2, chunk_size=4),
+    "RetNet": lambda: LinearAttention(D_MODEL, num_heads=4, decay=True),
+    "GatedDeltaNet": lambda: GatedDeltaNet(D_MODEL, num_heads=2, head_dim=4, num_v_heads=4, v_head_dim=6, chunk_size=4),
+    "GatedDeltaNet, negative": lambda: GatedDeltaNet(D_MODEL, num_heads=2, head_dim=8, negative=True),
 }
 layers = pytest.mark.parametrize("name", LAYERS)
 
@@ -100,7 +109,7 @@ def test_nothing_crosses_a_document_boundary(name):
 def test_gradients_reach_every_parameter(name):
     layer = build(name)
     layer(torch.randn(2, 5, D_MODEL, dtype=torch.float64)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+    assert not [n for n, p in layer.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
 
 
 @layers
@@ -108,11 +117,11 @@ def test_half_precision_keeps_states_in_float32(name):
     layer, x = build(name).to(torch.bfloat16), torch.randn(1, 7, D_MODEL, dtype=torch.bfloat16)
     state = {}
     y = torch.cat([layer(x[:, :6], state), layer(x[:, 6:], state)], 1)
-    assert y.dtype == torch.bfloat16 and state["ssm"].dtype == torch.float32
+    assert y.dtype == torch.bfloat16 and state["ssm"].real.dtype == torch.float32
     torch.testing.assert_close(y.double(), build(name)(x.double()), rtol=0.1, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["Mamba", "Mamba2"])
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "Mamba3, real, convolution", "GatedDeltaNet"])
 def test_a_state_of_another_layer_or_batch_is_refused(name):
     layer, x = LAYERS[name](), torch.randn(2, 3, D_MODEL)
     state = {}
@@ -131,8 +140,16 @@ def test_a_state_of_another_layer_or_batch_is_refused(name):
         (lambda: Mamba2(16, head_dim=24), r"16 · 2 = 32 and 1 · 24 = 24"),
         (lambda: Mamba2(16, head_dim=8, n_groups=3), r"num_heads must be a multiple of n_groups, and 4 is not"),
         (lambda: Mamba2(16, head_dim=8, chunk_size=0), r"chunk_size is 0, and must be at least 1"),
-        (lambda: Mamba2(16, head_dim=8, expand=None), r"needs num_heads or expand"),
+        (lambda: Mamba2(16, head_dim=8, expand=None), r"num_heads and expand are both None"),
         (lambda: Mamba2(16, head_dim=8, d_conv=0), r"d_conv is 0"),
+        (lambda: Mamba3(16, num_heads=3, head_dim=8), r"16 · 2 = 32 and 3 · 8 = 24"),
+        (lambda: Mamba3(16, head_dim=8, d_state=7), r"d_state is 7, and must be even"),
+        (lambda: Mamba3(16, head_dim=8, mimo_rank=-1), r"mimo_rank is -1"),
+        (lambda: Mamba3(16, head_dim=8, rope_fraction=0), r"rope_fraction is 0"),
+        (lambda: S4D(16, method="euler"), r"method is 'euler'; choose one of zoh, bilinear"),
+        (lambda: S4D(16, initial="random"), r"initial is 'random'; choose one of lin, inv, real"),
+        (lambda: LinearAttention(16, num_heads=3), r"d_model must be a multiple of num_heads, and 16 is not"),
+        (lambda: GatedDeltaNet(16, num_heads=2, head_dim=4, num_v_heads=3), r"num_v_heads must be a multiple"),
         (lambda: Mamba(5, expand=1.5), r"must be whole, but 5 · 1.5 is not"),
         (lambda: GatedRMSNorm(10, 3), r"a norm over 10 channels can't have 3 groups"),
     ],
@@ -182,6 +199,25 @@ def test_parameters_add_up():
     assert sum(p.numel() for p in layer.parameters()) == mamba2
 
 
+def test_mamba3_starts_as_published():
+    torch.manual_seed(0)
+    layer = Mamba3(64, head_dim=16, d_state=32, mimo_rank=4)
+    assert (layer.B_bias == 1).all() and (layer.C_bias == 1).all() and (layer.D == 1).all()
+    assert (layer.mimo_x == 0.25).all() and (layer.mimo_o == 0.25).all() and (layer.mimo_z == 1).all()
+    low, high = softplus_range(layer.dt_bias)
+    assert low > 0.00099 and high < 0.1001
+    assert layer.in_proj.out_features == 2 * 128 + 2 * 32 * 4 + 3 * 8 + 8  # z x B C dt A λ angles
+
+
+def test_s4d_starts_as_published():
+    layer = S4D(8, d_state=4)
+    A_bar, _, _ = layer.discrete()
+    A = torch.log(A_bar) / torch.exp(layer.log_dt)[:, None]
+    torch.testing.assert_close(A.real, torch.full((8, 4), -0.5), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(A.imag, math.pi * torch.arange(4.0).expand(8, 4), rtol=1e-3, atol=1e-3)
+    assert all(getattr(p, "no_weight_decay", False) for p in (layer.log_dt, layer.log_A_real, layer.A_imag))
+
+
 # transformers' own layers
 
 
@@ -220,6 +256,26 @@ def test_mamba_is_falcon_mambas():
     theirs = module.FalconMambaMixer(config, 0, initialize_mixer_weights=False)
     theirs.init_falcon_mamba_weights()
     assert_like_theirs(theirs, ours, 32)
+
+
+def test_gated_delta_net_is_qwen3_nexts():
+    module = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    config = module.Qwen3NextConfig(
+        hidden_size=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=6, layer_types=["linear_attention"], num_hidden_layers=1,
+    )  # fmt: skip
+    theirs = module.Qwen3NextGatedDeltaNet(config, 0)
+    ours = GatedDeltaNet(32, num_heads=2, head_dim=8, num_v_heads=4, v_head_dim=6)
+    order = torch.arange(theirs.in_proj_qkvz.out_features).view(2, -1).split([8, 8, 12, 12], 1)
+    gates = torch.arange(8).view(2, 4).split(2, 1)
+    weights = dict(theirs.state_dict())
+    qkvz, ba = weights.pop("in_proj_qkvz.weight"), weights.pop("in_proj_ba.weight")
+    weights["in_proj.weight"] = torch.cat(
+        [qkvz[torch.cat([part.flatten() for part in order])], ba[torch.cat([part.flatten() for part in gates])]]
+    )
+    ours.load_state_dict(weights)
+    x = torch.randn(2, 19, 32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -39,44 +39,67 @@ def ssd(
     With return_state, also the last state, which the next piece of a long text takes as initial_state.
     Raises ValueError where ranks or sizes don't fit together, or chunk_size is below 1.
     """
-    b, t, h, p = x.shape
-    g, n, size = B.shape[2], B.shape[3], min(chunk_size, t)
-    u, dt, A, B, C, D, state = widen(x, dt, A, B, C, D, initial_state)
-    # steps with dt = 0 fill up the last chunk: they leave the state as it is
-    v, log_decay, B, C = (_chunks(w, size) for w in (u * dt[..., None], dt * A, B, C))
-    v = rearrange(v, "b z c (g r) p -> b z g c r p", g=g)
-    B, C = (w.transpose(2, 3) for w in (B, C))
-    since = rearrange(log_decay, "b z c (g r) -> b z g r c", g=g).cumsum(-1)
+    u, dt, A, B, C, D = widen(x, dt, A, B, C, D)
+    q, k, v = C.unsqueeze(3), B.unsqueeze(3), (u * dt.unsqueeze(-1)).unsqueeze(3)
+    y, state = chunked_recurrence(q, k, v, dt * A, chunk_size=chunk_size, state=initial_state)
+    y = y.squeeze(3)
+    y = (y if D is None else y + D[:, None] * u).to(x.dtype)
+    return (y, state) if return_state else y
 
-    within = _segments(since).exp() * (C @ B.mT).unsqueeze(3)
-    y = rearrange(within @ v.transpose(3, 4), "b z g r c p -> b z g c r p")
 
-    until = rearrange(since[..., -1:] - since, "b z g r c -> b z g c r 1").exp()
-    added = B.mT @ (v * until).flatten(-2)
-    if state is None:
-        state = u.new_zeros(b, h, p, n)
-    state = rearrange(state, "b (g r) p n -> b g n (r p)", g=g)
-    across = repeat(since[..., -1].exp(), "b z g r -> b z g 1 (r p)", p=p)
+def chunked_recurrence(
+    q: Float[Tensor, "b t g r n"],
+    k: Float[Tensor, "b t g m n"],
+    v: Float[Tensor, "b t h m p"],
+    log_decay: Float[Tensor, "b t h"],
+    *,
+    chunk_size: int,
+    state: Float[Tensor, "b h p n"] | None = None,
+) -> tuple[Float[Tensor, "b t h r p"], Float[Tensor, "b h p n"]]:
+    """What SSD, linear attention and Mamba-3 share, with any number of inputs m and outputs r in a step:
+
+        S_t = exp(a_t) S_{t−1} + Σ_m v_{t,m} k_{t,m}ᵀ        y_{t,r} = S_t q_{t,r}
+
+    In a chunk y = (L ∘ q kᵀ) v with L[i, j] = exp(Σ_{j<s≤i} a_s); each chunk adds to the state, and reads what the
+    chunks before it left there.
+    """
+    t, h, m, p = v.shape[1:]
+    g, r, n = q.shape[2:]
+    size = min(chunk_size, t)
+    # steps of zeros fill up the last chunk: they leave the state as it is
+    q, k, v, since = (chunks(w, size) for w in (q, k, v, log_decay))
+    q, k = (rearrange(w, "b z c g r n -> b z g (c r) n") for w in (q, k))
+    v = rearrange(v, "b z c (g i) m p -> b z g (c m) i p", g=g)
+    since = rearrange(since, "b z c (g i) -> b z g i c", g=g).cumsum(-1)
+
+    decay = segments(since).exp()[..., :, None, :, None]
+    within = (decay * (q @ k.mT).view(*q.shape[:3], 1, size, r, size, m)).flatten(-2).flatten(-3, -2)
+    y = (within @ v.transpose(3, 4)).transpose(3, 4)
+
+    until = repeat((since[..., -1:] - since).exp(), "b z g i c -> b z g (c m) i 1", m=m)
+    added = k.mT @ (v * until).flatten(-2)
+    state = v.new_zeros(len(v), h, p, n) if state is None else state.to(v.dtype)
+    state = rearrange(state, "b (g i) p n -> b g n (i p)", g=g)
+    across = repeat(since[..., -1].exp(), "b z g i -> b z g 1 (i p)", p=p)
     before = []
     for decay, new in zip(across.unbind(1), added.unbind(1), strict=True):
         before.append(state)
         state = decay * state + new
-    carried = (C @ torch.stack(before, 1)).unflatten(-1, (-1, p))
-    y = y + carried * rearrange(since, "b z g r c -> b z g c r 1").exp()
+    carried = (q @ torch.stack(before, 1)).unflatten(-1, (-1, p))
+    y = y + carried * repeat(since.exp(), "b z g i c -> b z g (c r) i 1", r=r)
 
-    y = rearrange(y, "b z g c r p -> b (z c) (g r) p")[:, :t]
-    y = (y if D is None else y + D[:, None] * u).to(x.dtype)
-    return (y, rearrange(state, "b g n (r p) -> b (g r) p n", p=p)) if return_state else y
+    y = rearrange(y, "b z g (c r) i p -> b (z c) (g i) r p", r=r)[:, :t]
+    return y, rearrange(state, "b g n (i p) -> b (g i) p n", p=p)
 
 
-def _chunks(x: Float[Tensor, "b t *rest"], size: int) -> Float[Tensor, "b z c *rest"]:
+def chunks(x: Float[Tensor, "b t *rest"], size: int) -> Float[Tensor, "b z c *rest"]:
     short = -x.shape[1] % size
     if short:
         x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, short))
     return x.unflatten(1, (-1, size))
 
 
-def _segments(since: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c c"]:
+def segments(since: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c c"]:
     """since[i] − since[j] where j ≤ i, and −∞ above the diagonal: masked before exp, or its gradient would be NaN."""
     future = torch.ones(since.shape[-1], since.shape[-1], dtype=torch.bool, device=since.device).triu(1)
     return (since.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill(future, -torch.inf)
@@ -94,7 +117,7 @@ def _fits(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, return_s
         raise ValueError(f"chunk_size is {chunk_size}, and must be at least 1")
 
 
-def require_groups(x: Float[Tensor, "b t h p"], B: Float[Tensor, "b t g n"]) -> None:
+def require_groups(x: Float[Tensor, "b t h *p"], B: Float[Tensor, "b t g *n"]) -> None:
     if x.shape[2] % B.shape[2]:
         raise ValueError(
             f"B has {B.shape[2]} groups and x has {x.shape[2]} heads: "
@@ -102,13 +125,14 @@ def require_groups(x: Float[Tensor, "b t h p"], B: Float[Tensor, "b t g n"]) -> 
         )
 
 
-def _per_head(x, B, C):
-    return (w.repeat_interleave(x.shape[2] // w.shape[2], 2) for w in (B, C))
+def per_head(h: int, *groups: Float[Tensor, "b t g *n"]) -> list[Float[Tensor, "b t h *n"]]:
+    """Each group repeated for the neighbouring heads that it serves."""
+    return [w.repeat_interleave(h // w.shape[2], 2) for w in groups]
 
 
 def ssd_recurrent(x, dt, A, B, C, D=None):
     """`ssd` step by step: linear in time, constant in memory, and nothing to parallelise."""
-    B, C = _per_head(x, B, C)
+    B, C = per_head(x.shape[2], B, C)
     state, ys = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1]), []
     for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
         state = (dt_t * A).exp()[..., None, None] * state + torch.einsum("bh,bhp,bhn->bhpn", dt_t, x_t, B_t)
@@ -119,17 +143,17 @@ def ssd_recurrent(x, dt, A, B, C, D=None):
 
 def ssd_matrix(dt, A, B, C):
     """The 1-semiseparable mask L times the scores C Bᵀ: what `ssd` multiplies dt·x by, (b h t t)."""
-    L = _segments((dt * A).cumsum(1).mT).exp()
+    L = segments((dt * A).cumsum(1).mT).exp()
     return L * torch.einsum("bthn,bshn->bhts", C, B)
 
 
 def ssd_quadratic(x, dt, A, B, C, D=None):
     """`ssd` as attention without softmax: one t × t matrix for each head, masked by decay."""
-    y = torch.einsum("bhts,bshp->bthp", ssd_matrix(dt, A, *_per_head(x, B, C)), dt[..., None] * x)
+    y = torch.einsum("bhts,bshp->bthp", ssd_matrix(dt, A, *per_head(x.shape[2], B, C)), dt[..., None] * x)
     return y if D is None else y + D[:, None] * x
 
 
-def _needs_triton(x, package: str) -> str | None:
+def needs_triton(x, package: str) -> str | None:
     if not available(package):
         return f"the package {package} is not installed"
     if not available("triton"):
@@ -140,7 +164,7 @@ def _needs_triton(x, package: str) -> str | None:
 
 
 def _mamba_ssm_refuses(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, return_state=False):
-    reason = _needs_triton(x, "mamba_ssm")
+    reason = needs_triton(x, "mamba_ssm")
     if reason is None and (chunk_size < 16 or chunk_size & (chunk_size - 1)):
         reason = f"chunk_size is {chunk_size}, and its blocks need a power of two from 16"
     return reason
@@ -157,7 +181,7 @@ def _by_mamba_ssm(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, 
 
 
 def _fla_refuses(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, return_state=False):
-    return _needs_triton(x, "fla")
+    return needs_triton(x, "fla")
 
 
 @ssd.twin("fla", _fla_refuses)
@@ -165,7 +189,7 @@ def _by_fla(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, return
     """Linear attention with one gate for a head is the same recurrence: q = C, k = B, v = dt x, log gate = dt A."""
     from fla.ops.simple_gla import chunk_simple_gla
 
-    q, k = (w.to(x.dtype) for w in _per_head(x, C, B))
+    q, k = (w.to(x.dtype) for w in per_head(x.shape[2], C, B))
     v = (x * dt[..., None]).to(x.dtype)
     before = None if initial_state is None else initial_state.mT.float().contiguous()
     y, state = chunk_simple_gla(

@@ -113,13 +113,25 @@ def initial_dt_bias(*shape: int, dt_range: tuple[float, float]) -> Tensor:
     return dt + torch.log(-torch.expm1(-dt))
 
 
-def require_inner(d_model: int, expand: float | None, num_heads: int, head_dim: int) -> None:
+def require_heads(
+    d_model: int, expand: float | None, num_heads: int | None, head_dim: int, n_groups: int, chunk_size: int
+) -> int:
+    """The number of heads, once the sizes of a layer with heads are known to fit together."""
+    if num_heads is None:
+        require(expand is not None, "num_heads and expand are both None: give one, or both")
+        num_heads = int(d_model * expand) // head_dim
     require(
         expand is None or d_model * expand == num_heads * head_dim,
         f"d_model · expand must equal num_heads · head_dim, but {d_model} · {expand} = {d_model * (expand or 0):g} "
         f"and {num_heads} · {head_dim} = {num_heads * head_dim}; change one of them, or pass expand=None for an inner "
         f"width of num_heads · head_dim",
     )
+    require(
+        n_groups >= 1 and num_heads % n_groups == 0,
+        f"num_heads must be a multiple of n_groups, and {num_heads} is not a multiple of {n_groups}",
+    )
+    require(chunk_size >= 1, f"chunk_size is {chunk_size}, and must be at least 1")
+    return num_heads
 
 
 class Mamba(StateSpaceMixer):
@@ -233,15 +245,7 @@ class Mamba2(StateSpaceMixer):
         A_range: tuple[float, float] = (1, 16),
     ):
         super().__init__()
-        if num_heads is None:
-            require(expand is not None, "Mamba2 needs num_heads or expand")
-            num_heads = int(d_model * expand) // head_dim
-        require_inner(d_model, expand, num_heads, head_dim)
-        require(chunk_size >= 1, f"chunk_size is {chunk_size}, and must be at least 1")
-        require(
-            n_groups >= 1 and num_heads % n_groups == 0,
-            f"num_heads must be a multiple of n_groups, and {num_heads} is not a multiple of {n_groups}",
-        )
+        num_heads = require_heads(d_model, expand, num_heads, head_dim, n_groups, chunk_size)
         width = num_heads * head_dim
         self.num_heads, self.head_dim, self.d_state, self.n_groups = num_heads, head_dim, d_state, n_groups
         self.chunk_size, self.dt_limit, self.dt_range, self.A_range = chunk_size, dt_limit, dt_range, A_range

@@ -7,7 +7,7 @@ a tree, `selective_scan_matrix` writes the whole map from x to y as one matrix.
 import functools
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from llmlib.norm import at_least_float32
@@ -85,7 +85,7 @@ def _fits(x, dt, A, B, C, D=None, *, initial_state=None, return_state=False):
     require_time(x)
 
 
-def associative_scan(decay: Float[Tensor, "b t *s"], drive: Float[Tensor, "b t *s"]) -> Float[Tensor, "b t *s"]:
+def associative_scan(decay: Inexact[Tensor, "b t *s"], drive: Inexact[Tensor, "b t *s"]) -> Inexact[Tensor, "b t *s"]:
     """All states of h_t = a_t h_{t−1} + u_t at once, in ⌈log₂ t⌉ rounds (Hillis and Steele, 1986).
 
     Two steps one after the other are one step: (a, u) then (a', u') is (a'a, a'u + u'), and this product is

@@ -63,7 +63,38 @@ def update_of_mamba2(dtype, device):
     return args, {"state": h.to(wide)}
 
 
+def mamba3(with_state=False, rank=1, t=21, h=4, p=16, g=2, n=16, angles=4):
+    def example(dtype, device):
+        wide = _wide(dtype)
+        x, B, C, trap, angle = _random(
+            dtype, device, (2, t, h, rank, p), (2, t, g, rank, n), (2, t, g, rank, n), (2, t, h), (2, t, angles)
+        )
+        biases = [w.to(wide) for w in _random(dtype, device, (h, rank, n), (h, rank, n), (h,), seed=2)]
+        dt, A = _steps(dtype, device, 2, t, h), -_steps(dtype, device, 2, t, h, seed=3)
+        options = {"chunk_size": 16}
+        if with_state:
+            shapes = (2, h, angles), (2, h, p, n), (2, h, rank, n), (2, h, rank, p)
+            state = tuple(w.to(wide) for w in _random(dtype, device, *shapes, seed=4))
+            options |= {"initial_state": state, "return_state": True}
+        return (x, dt, A, trap, B, C, *biases[:2], angle, biases[2]), options
+
+    return example
+
+
+def delta(with_state=False, t=37, h=2, d=16, e=16):
+    def example(dtype, device):
+        q, k, v, S = _random(dtype, device, (2, t, h, d), (2, t, h, d), (2, t, h, e), (2, h, e, d))
+        k = torch.nn.functional.normalize(k.float(), dim=-1).to(k.dtype)
+        beta, log_decay = _steps(dtype, device, 2, t, h), -_steps(dtype, device, 2, t, h, seed=3)
+        options = {"initial_state": S.to(_wide(dtype)), "return_state": True} if with_state else {}
+        return (q, k, v, beta, log_decay), options
+
+    return example
+
+
 EXAMPLES = {
+    "mamba3_scan": [mamba3(), mamba3(with_state=True), mamba3(rank=2)],
+    "gated_delta_rule": [delta(), delta(with_state=True)],
     "selective_scan": [scan(), scan(with_state=True, with_D=False)],
     "ssd": [ssd(), ssd(with_state=True, with_D=False), ssd(t=16, g=1)],
     "causal_conv": [conv(), conv(with_history=True, with_bias=False)],
