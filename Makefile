@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv/bin/python
 
-.PHONY: help env book site serve lab test quick lint record pdf gpu bench clean
+.PHONY: help env book site serve lab test quick lint record pdf gpu bench address clean
 
 help:
 	@echo "make book      read it: environment, installation, site, and a local address that serves it"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench     what is timed, against whom"
 	@echo "make record CHAPTER=09-scaling-laws   rerun a chapter's whole experiment and store it"
 	@echo "make gpu       the tests and benchmarks that need an NVIDIA GPU"
+	@echo "make address REPOSITORY=owner/name    for a host: the address from which the notebooks install llmlib on Colab"
 	@echo "make clean     remove what was built"
 
 env:
@@ -56,6 +57,9 @@ record: env
 
 bench: env
 	@$(VENV) benchmarks/book.py
+
+address:
+	@$(PYTHON) book/tools/address.py "$(REPOSITORY)"
 
 clean:
 	rm -rf _build

@@ -1,14 +1,23 @@
 """Chapters are numbered by their files (chapters/01-attention is chapter 1), and figures and equations within them.
 
+A link to a planned chapter that isn't in the table of contents yet shows as plain text; it becomes a link when the
+chapter arrives.
 `{chapters}` lists, on the front page, the chapters of the table of contents: number, title and first sentence.
 """
 
 import re
 
 from docutils import nodes
+from sphinx import addnodes
+from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 
 CHAPTER = re.compile(r"chapters/(\d+)-")
+PLANNED = (
+    "00-introduction", "01-attention", "02-attention-variants", "03-position-encodings", "04-feed-forward",
+    "05-normalisation", "06-mixture-of-experts", "07-state-space-models", "08-hybrids", "09-scaling-laws",
+    "10-model-families", "11-architecture-comparison", "12-kernels",
+)  # fmt: skip
 SENTENCE = re.compile(r"(.+?[.?!])(?:\s|$)", re.S)
 
 
@@ -26,6 +35,16 @@ def renumber(app, env) -> None:
         for figures in kinds.values():
             for count, name in enumerate(sorted(figures, key=figures.get), start=1):
                 figures[name] = (*before, count)
+
+
+class PlannedChapters(SphinxPostTransform):
+    default_priority = 8  # before MyST resolves its links
+
+    def run(self, **kwargs) -> None:
+        for node in list(self.document.findall(addnodes.pending_xref)):
+            name = node["reftarget"].split("#")[0].rsplit("/", 1)[-1].removesuffix(".ipynb")
+            if name in PLANNED and f"chapters/{name}" not in self.env.found_docs:
+                node.replace_self(nodes.inline("", "", *node[0].children, classes=["planned"]))
 
 
 class chapter_list(nodes.General, nodes.Element):  # noqa: N801 (docutils names nodes so)
@@ -69,6 +88,7 @@ def page(app, pagename, templatename, context, doctree) -> None:
 
 
 def setup(app):
+    app.add_post_transform(PlannedChapters)
     app.add_directive("chapters", Chapters)
     app.add_node(chapter_list)
     app.connect("env-check-consistency", renumber)

@@ -47,6 +47,13 @@ def colab(docname: str) -> str | None:
     return url.replace("github.com/", "colab.research.google.com/github/") + f"/blob/{branch}/{docname}.ipynb"
 
 
+def name_repository(app, docname, source) -> None:
+    """The set-up cells show the address from which Colab installs llmlib."""
+    url = repository()
+    if url:
+        source[0] = source[0].replace("https://github.com/OWNER/REPOSITORY", url)
+
+
 def sitemap(app, exception) -> None:
     if exception or not site():
         return
@@ -59,5 +66,6 @@ def sitemap(app, exception) -> None:
 def setup(app):
     app.add_config_value("comments_config", {}, "html")  # Jupyter Book always sets it, for an extension that isn't used
     app.connect("config-inited", configure)
+    app.connect("source-read", name_repository)
     app.connect("build-finished", sitemap)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
