@@ -50,6 +50,25 @@ def diagram(config: ModelConfig) -> Drawing:
     return canvas.drawing(config.name or "model")
 
 
+def outline(config: ModelConfig) -> list[str]:
+    """The same flow as lines of text."""
+    lines = [f"embedding  {config.vocab_size:,} × {config.d_model:,}"]
+    lines += [_line_of(part) for part in (config.position, config.embedding_norm) if part is not None]
+    for pattern, count in runs(config.layers):
+        lines.append(f"{count} ×" if len(pattern) == 1 else f"{count} × these {len(pattern)} layers")
+        for layer in pattern:
+            how = "parallel" if layer.parallel else f"{layer.placement}-norm"
+            parts = [_line_of(part) for _, part in _parts(layer)]
+            lines += [f"    {'+' if i else '·'} {part}{'' if i else f'  [{how}]'}" for i, part in enumerate(parts)]
+    lines += [_name(config.norm)] if config.final_norm else []
+    return [*lines, "head, tied to the embedding" if config.tie_embeddings else "head"]
+
+
+def _line_of(spec: Spec) -> str:
+    options = " · ".join(_options(spec))
+    return f"{_name(spec)}{f'  {options}' if options else ''}"
+
+
 def runs(layers: tuple[Layer, ...]) -> list[tuple[tuple[Layer, ...], int]]:
     """The layers as repeated patterns: (a, a, b, a, a, b) is one pattern (a, a, b) that stands twice.
 
@@ -212,17 +231,21 @@ def difference(one: ModelConfig, other: ModelConfig) -> list[tuple[str, str, str
     """Rows (what, in one, in the other) for everything that differs: fields of the config, options of each part."""
     rows = []
     for field in dataclasses.fields(ModelConfig):
-        if field.name != "layers":
+        if field.name not in ("layers", "name"):
             rows += _compare(field.name, getattr(one, field.name), getattr(other, field.name))
     if len(one.layers) != len(other.layers):
         rows.append(("number of layers", str(len(one.layers)), str(len(other.layers))))
-    if _pattern(one) != _pattern(other) and (len(runs(one.layers)) > 1 or len(runs(other.layers)) > 1):
+    if _pattern(one) != _pattern(other) and not (_is_uniform(one) and _is_uniform(other)):
         rows.append(("pattern of layers", _pattern(one), _pattern(other)))
     pairs = dict.fromkeys(zip(one.layers, other.layers, strict=False))
     for a, b in pairs:
         for field in dataclasses.fields(Layer):
             rows += _compare(field.name, getattr(a, field.name), getattr(b, field.name))
     return list(dict.fromkeys(rows))
+
+
+def _is_uniform(config: ModelConfig) -> bool:
+    return len(set(config.layers)) <= 1
 
 
 def _pattern(config: ModelConfig) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmlib.errors import CheckpointError
 
 _BLOCK_BYTES = 8 << 20  # what is read at once: reading a tensor whole would need room for it twice
-_REOPEN_BYTES = 256 << 20  # pages of a mapped file stay resident while it is open
+_REOPEN_BYTES = 16 << 20  # pages of a mapped file stay resident while it is open
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 

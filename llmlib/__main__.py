@@ -1,0 +1,7 @@
+"""`python -m llmlib`."""
+
+import sys
+
+from llmlib.cli import main
+
+sys.exit(main())

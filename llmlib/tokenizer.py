@@ -1,0 +1,105 @@
+"""Text to tokens and back: a checkpoint's own tokenizer, a byte-level BPE trained here, or plain bytes."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from llmlib.data import VOCAB_SIZE, decode, encode
+from llmlib.errors import CheckpointError, require
+
+
+class ByteTokenizer:
+    """Every byte of UTF-8 is a token: 256 of them, nothing to train, and nothing that can't be written."""
+
+    vocab_size, end = VOCAB_SIZE, None
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of `text`."""
+        return encode(text).tolist()
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text; bytes that aren't UTF-8 show as �."""
+        return decode(tokens)
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding (Sennrich et al., arXiv 1508.07909; over bytes as in GPT-2), by `tokenizers`.
+
+    It starts from the 256 bytes and merges the pair of neighbours that is most frequent in the training text, again
+    and again, so that any text can be written and frequent text is short.
+    """
+
+    def __init__(self, tokenizer, end: int | None = None):
+        self._tokenizer, self.end = tokenizer, end
+        self.vocab_size = tokenizer.get_vocab_size()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """Learn vocab_size − 256 merges from `texts`; the same texts give the same merges."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        require(vocab_size >= 256, f"vocab_size is {vocab_size}, and byte-level BPE starts from 256 bytes")
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, file: str | Path, end: int | None = None) -> "BPETokenizer":
+        """Read a tokenizer.json."""
+        from tokenizers import Tokenizer
+
+        try:
+            return cls(Tokenizer.from_file(str(file)), end)
+        except Exception as error:  # noqa: BLE001  (the library raises plain Exception)
+            raise CheckpointError(f"{file} can't be read as a tokenizer ({error})") from None
+
+    def save(self, file: str | Path) -> None:
+        """Write a tokenizer.json."""
+        self._tokenizer.save(str(file))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without special tokens around them."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+class _FromTransformers:
+    """A tokenizer that exists only in an older format, which `transformers` reads."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self.vocab_size, self.end = tokenizer, len(tokenizer), tokenizer.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without special tokens around them."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def load_tokenizer(folder: str | Path, end: int | None = None):
+    """The tokenizer of a checkpoint's folder: tokenizer.json, or the older files through `transformers`.
+
+    `end` is the token that ends a text. A folder of a byte-level model (vocabulary 256) without any of these files gets
+    `ByteTokenizer` from its caller; here a missing tokenizer is a CheckpointError that says what to add.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.json").exists():
+        return BPETokenizer.load(folder / "tokenizer.json", end)
+    older = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()]
+    if not older:
+        raise CheckpointError(f"{folder} has no tokenizer.json: copy the model's tokenizer files beside its weights")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise CheckpointError(
+            f"{folder} has {older[0]} and no tokenizer.json: pip install transformers to read it"
+        ) from None
+    return _FromTransformers(AutoTokenizer.from_pretrained(folder))
