@@ -11,7 +11,7 @@ class GrowingCache:
     state[name] is (b g capacity ·), filled up to state["length"].
     """
 
-    def update(self, state: dict, **new: Num[Tensor, "b g t d"]) -> tuple[Num[Tensor, "b g s d"], ...]:
+    def update(self, state: dict, **new: Num[Tensor, "b _ t _"]) -> tuple[Num[Tensor, "b _ s _"], ...]:
         """Append each tensor, and return all of each that the new queries may look at, oldest first."""
         seen = state.get("length", 0)
         length = seen + next(iter(new.values())).shape[2]
@@ -42,7 +42,7 @@ class RingCache(GrowingCache):
     def __init__(self, window: int):
         self.window = window
 
-    def update(self, state: dict, **new: Num[Tensor, "b g t d"]) -> tuple[Num[Tensor, "b g s d"], ...]:
+    def update(self, state: dict, **new: Num[Tensor, "b _ t _"]) -> tuple[Num[Tensor, "b _ s _"], ...]:
         """Store the new tokens; return the keys in view. For one token they come as they lie, not oldest first."""
         seen, w = state.get("length", 0), self.window
         t = next(iter(new.values())).shape[2]
@@ -82,7 +82,7 @@ class Int8Cache:
     def __init__(self, inner: GrowingCache):
         self.inner = inner
 
-    def update(self, state: dict, **new: Num[Tensor, "b g t d"]) -> tuple[Num[Tensor, "b g s d"], ...]:
+    def update(self, state: dict, **new: Num[Tensor, "b _ t _"]) -> tuple[Num[Tensor, "b _ s _"], ...]:
         """Quantise and store; return everything in view, dequantised."""
         stored = {}
         for name, value in new.items():

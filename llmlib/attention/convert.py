@@ -56,7 +56,7 @@ def qk_clip_(layer: Attention | MLA, logits: Float[Tensor, "h"], limit: float = 
     Kimi K2's MuonClip, arXiv:2507.20534.
     """
     require(limit > 0, f"limit is {limit}, and must be above 0")
-    gamma = (limit / logits.clamp(min=limit)).to(logits.dtype)
+    gamma = torch.where(logits > limit, limit / logits, 1.0)
     if isinstance(layer, MLA):
         _clip_mla(layer, gamma)
         return gamma

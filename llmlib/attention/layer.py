@@ -207,7 +207,7 @@ class Attention(nn.Module):
         keys = torch.arange(length - s, length, device=q.device) if index is None else index
         return self.position_bias(torch.arange(start, length, device=q.device), keys)
 
-    def queries_keys(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b g t d"]]:
+    def queries_keys(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b h t _"], Float[Tensor, "b g t _"]]:
         """The queries and keys of a text, as the scores see them."""
         q = self._heads(x, self.q_proj, self.q_norm, self.num_heads)
         return self._keys_values(q, x, 0, None, Context())[:2]

@@ -159,7 +159,7 @@ class MLA(nn.Module):
         y = attention(q, kept, kept, mask=mask, scale=self.scale)[..., : self.kv_latent_dim]
         return torch.einsum("bhtl,hel->bhte", y, w_uv)
 
-    def queries_keys(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h t d"]]:
+    def queries_keys(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b h t _"], Float[Tensor, "b h t _"]]:
         """The queries and expanded keys of a text, as the scores see them."""
         q, kept = self._queries_latents(x, 0, None, Context())
         return q, self._expand(kept)[0]
