@@ -65,9 +65,8 @@ class MLA(nn.Module):
         self.kv_latent_dim, self.d_rope, self.absorb = kv_latent_dim, d_rope, absorb
         self.rope = RoPE(d_rope, rope_theta, rope_scaling) if d_rope else None
         self.rope_interleaved = rope_interleaved
-        stretch = (
-            yarn_mscale(rope_scaling["factor"], (rope_scaling.get("mscale_all_dim") or 0)) if rope_scaling else 1.0
-        )
+        scaling = rope_scaling or {}
+        stretch = yarn_mscale(scaling.get("factor") or 1.0, scaling.get("mscale_all_dim") or 0.0)
         self.scale = (head_dim + d_rope) ** -0.5 * stretch**2 if scale is None else scale
         self.cache = make_cache(None, cache)
 
