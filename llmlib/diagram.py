@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import importlib.resources
+import inspect
 import json
 from dataclasses import dataclass
 
@@ -114,12 +115,30 @@ def _name(spec: Spec) -> str:
 
 
 def _options(spec: Spec) -> list[str]:
-    """The options as short lines, two to a line."""
-    words = []
+    """The options that aren't left at their defaults, as short lines, as many to a line as fit."""
+    words, known = [], inspect.signature(spec.cls).parameters
     for key, value in spec.options.items():
-        text = _name(value) if isinstance(value, Spec) else f"{value:,}" if isinstance(value, int) else str(value)
-        words.append(f"{key.replace('_', ' ')} {text}" if value is not True else key.replace("_", " "))
-    return [" · ".join(words[i : i + 2]) for i in range(0, len(words), 2)]
+        if value is None or (key in known and value is known[key].default):
+            continue
+        name, text = key.replace("_", " "), _short(value)
+        word = name if value is True else f"{name} {text}"
+        if words and len(words[-1]) + len(word) <= 38:
+            words[-1] += f" · {word}"
+        else:
+            words.append(word[:44])
+    return words
+
+
+def _short(value) -> str:
+    if isinstance(value, Spec):
+        return _name(value)
+    if isinstance(value, dict):
+        return str(value.get("type", "…"))
+    if isinstance(value, tuple):
+        return ", ".join(map(_short, value))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:g}"
 
 
 def _colour(spec: Spec) -> str:
@@ -131,11 +150,15 @@ class _Canvas:
 
     def __init__(self):
         self.parts, self.y, self.label, self._group_top = [], 10.0, "", 0.0
+        self.covered: list[tuple[float, float]] = []  # where something stands on the stem
 
     def drawing(self, title: str) -> Drawing:
         height, width = self.y + 6, _RIGHT + 70
         title = html.escape(title)
-        stem = _line(_STEM, 12, _STEM, self.y - 20, opacity=0.5)
+        ends = [end for span in self.covered for end in span][1:-1]
+        stem = "".join(
+            _line(_STEM, top, _STEM, bottom, opacity=0.5) for top, bottom in zip(ends[::2], ends[1::2], strict=True)
+        )
         return Drawing(
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" width="{width}" role="img" '
             f'aria-label="Block diagram of {title}" style="max-width:100%;height:auto;color:inherit" '
@@ -147,6 +170,7 @@ class _Canvas:
         """A labelled box at the current height; returns how tall it is."""
         height = 22 + _LINE * len(lines)
         self.parts.append(_box(title, lines, colour, x, self.y, right - x, height))
+        self.covered.append((self.y, self.y + height))
         self.y += height + 14
         return height
 
@@ -160,23 +184,33 @@ class _Canvas:
             height = 22 + _LINE * len(lines)
             middle = self.y + height / 2
             self.parts.append(_line(_STEM, tap, _STEM + 14, tap) + _line(_STEM + 14, tap, _STEM + 14, middle))
-            self.parts.append(_line(_STEM + 14, middle, _PART, middle, arrow=True))
-            if norm is not None:
+            if norm is None:
+                self.parts.append(_line(_STEM + 14, middle, _PART, middle, arrow=True))
+            else:
+                self.parts.append(_line(_STEM + 14, middle, _NORM - 8, middle))
+                self.parts.append(_line(_NORM + 66, middle, _PART, middle, arrow=True))
                 self.parts.append(_box(norm, [], "grey", _NORM - 8, middle - 10, 74, 20, size=11))
             self.parts.append(_box(_name(part), lines, _colour(part), _PART, self.y, _RIGHT - _PART, height))
             self.parts.append(_line(_RIGHT, middle, _RIGHT + 12, middle))
             top, self.y = middle, self.y + height + 8
         back = self.y + 8
-        self.parts.append(_line(_RIGHT + 12, top, _RIGHT + 12, back) + _line(_RIGHT + 12, back, _STEM + 9, back, True))
+        left = _STEM + 9
+        self.parts.append(_line(_RIGHT + 12, top, _RIGHT + 12, back))
+        if after is None:
+            self.parts.append(_line(_RIGHT + 12, back, left, back, True))
+        else:
+            self.parts.append(_line(_RIGHT + 12, back, _PART + 134, back) + _line(_PART + 60, back, left, back, True))
         if len(parts) > 1:
             first = tap + (22 + _LINE * len(_options(parts[0][1]))) / 2
             self.parts.append(_line(_RIGHT + 12, first, _RIGHT + 12, top))
         if after is not None:
             self.parts.append(_box(after, [], "grey", _PART + 60, back - 10, 74, 20, size=11))
         self.parts.append(_plus(_STEM, back))
+        self.covered.append((back - 8, back + 8))
         self.y = back + 24
         if on_stem is not None:
             self.parts.append(_box(on_stem, [], "grey", _STEM - 30, self.y - 10, 74, 20, size=11))
+            self.covered.append((self.y - 10, self.y + 10))
             self.y += 26
 
     def group(self, label: str) -> "_Canvas":
