@@ -12,7 +12,17 @@ import pytest
 from llmlib import scaling
 from llmlib.errors import ConfigError
 from llmlib.interactive import source
-from llmlib.interactive.scaling_explorer import ANSWERS, INPUTS, LABELS, answer, explorer, live, state
+from llmlib.interactive.scaling_explorer import (
+    ANSWERS,
+    INPUTS,
+    LABELS,
+    answer,
+    explorer,
+    live,
+    own,
+    state,
+)
+from llmlib.notebook import recorded
 
 pytest.importorskip("playwright")
 sys.path.insert(0, str(Path(__file__).parents[1] / "book" / "tools"))
@@ -297,7 +307,7 @@ def test_pasted_runs_are_read_in_many_shapes(module):
 def random_inputs(rng) -> dict:
     some = lambda low, high: rng.choice([0.0, log_uniform(rng, low, high)])  # noqa: E731
     return INPUTS | {
-        "compute": log_uniform(rng, 1e17, 1e27), "law": rng.choice([name for name in LABELS if name != "ours"]),
+        "compute": log_uniform(rng, 1e17, 1e27), "law": rng.choice(list(LABELS)),
         "N": log_uniform(rng, 1e7, 1e12), "D": log_uniform(rng, 1e9, 1e14), "served": some(1e9, 1e16),
         "unique": some(1e9, 1e14), "experts": uniform(rng, 1, 32), "memory": some(1e9, 1e13),
         "weights": float(rng.randint(2, 16)), "kv": float(rng.randint(2, 16)),
@@ -616,6 +626,15 @@ def test_the_explorers_html_is_the_same_each_time():
     first, second = (explorer()._repr_html_() for _ in range(2))
     assert first == second
     assert len(first) < 200_000
+
+
+def test_the_law_of_the_books_runs_is_their_fit():
+    runs = np.transpose(own()["runs"])
+    stored = scaling.ParametricLaw(**own()["constants"])
+    assert scaling.huber_objective(stored, *runs) == pytest.approx(scaling.fit_parametric(*runs).objective, rel=1e-3)
+    chapter = [run for run in recorded("scaling").values() if isinstance(run, dict) and run.get("lr_factor") == 1]
+    remedy = "scaling.json has changed: follow the head of book/recorded/scaling_explorer.py"
+    assert [[run["N"], run["D"]] for run in chapter] == [run[:2] for run in own()["runs"]], remedy
 
 
 def test_the_page_holds_every_law_and_model():

@@ -46,7 +46,7 @@ const lm = (() => {
   border-radius:12px; padding:clamp(12px,2.2vw,22px); font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif; text-align:left; }
 .lm.dark { --ink:#e6eaf0; --soft:#a5afbc; --line:#38414d; --surface:#14181e; --raise:#1e242c; --accent:#7db7ea; color-scheme: dark; }
 .lm *, .lm *::before { box-sizing:border-box; }
-.lm h3 { font-size:1.15em; line-height:1.25; margin:0 0 .25em; font-weight:650; }
+.lm .title { font-size:1.15em; line-height:1.25; margin:0 0 .25em; font-weight:650; }
 .lm p { margin:.3em 0; } .lm .note { color:var(--soft); max-width:66ch; }
 .lm .say { margin:.7em 0; font-size:1.02em; max-width:76ch; } .lm .say:empty { display:none; }
 .lm .controls { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,225px),1fr)); gap:10px 22px; margin:.7em 0; align-items:end; }
@@ -179,7 +179,7 @@ const lm = (() => {
     const shadow = host.attachShadow({ mode: "open" });
     const controls = h("div", { class: "controls" }), body = h("div", { class: "body" }), foot = h("div", { class: "foot" });
     const said = h("p", { class: "say", role: "status", "aria-live": "polite" });
-    const root = h("section", { class: "lm", "aria-label": title || "interactive figure" }, title && h("h3", {}, title), note && h("p", { class: "note" }, note), controls, said, body, foot);
+    const root = h("section", { class: "lm", "aria-label": title || "interactive figure" }, title && h("p", { class: "title" }, title), note && h("p", { class: "note" }, note), controls, said, body, foot);
     const dress = () => root.classList.toggle("dark", isDark());
     const media = matchMedia("(prefers-color-scheme: dark)"), watch = new MutationObserver(dress);
     for (const node of [document.documentElement, document.body]) watch.observe(node, { attributes: true, attributeFilter: ["data-theme", "theme", "data-jp-theme-light", "data-vscode-theme-kind"] });

@@ -331,8 +331,8 @@ export default {
     ui.root.append(h("style", {}, `
       .tiles { display:grid; grid-template-columns:repeat(4,minmax(0,1fr)); gap:8px; margin:.8em 0 .4em; } .tiles div { background:var(--raise); border-radius:10px; padding:8px 12px; min-width:0; }
       .tiles b { display:block; font-size:clamp(1.15em,4.4vw,1.7em); font-weight:680; line-height:1.2; font-variant-numeric:tabular-nums; white-space:nowrap; } .tiles span { color:var(--soft); font-size:.86em; display:block; line-height:1.25; }
-      .chips { display:flex; flex-wrap:wrap; gap:6px; align-items:center; margin:.5em 0 .2em; } .chips button { border-radius:99px; font-size:.88em; padding:2px 11px; min-height:26px; }
-      .budget { font-size:1.06em; } .budget input[type=text] { width:7.2em; font-weight:650; }
+      .chips { display:flex; flex-wrap:wrap; gap:6px; align-items:center; margin:.9em 0 .2em; } .chips button { border-radius:99px; font-size:.88em; padding:2px 11px; min-height:26px; }
+      .budget { font-size:1.06em; grid-column:1/-1; } .budget input[type=text] { width:7.2em; font-weight:650; }
       .tabs { display:flex; flex-wrap:wrap; gap:3px; margin:14px 0 0; border-bottom:2px solid var(--line); } .tabs button { border:0; border-radius:8px 8px 0 0; background:none; padding:6px 11px; color:var(--soft); margin-bottom:-2px; border-bottom:3px solid transparent; }
       .tabs button[aria-selected=true] { color:var(--ink); font-weight:650; border-bottom-color:var(--accent); background:var(--raise); } .tab { padding:12px 2px 4px; min-height:150px; } .tab p { max-width:80ch; }
       .map { flex:1.35 1 330px !important; } .grow { flex:1 1 260px !important; min-width:0; } .figure { font-weight:600; margin:.2em 0 0 !important; font-size:.95em; } .bad { color:var(--ink); border-left:4px solid var(--red); padding-left:8px; } .quiet { color:var(--soft); font-size:.9em; } .you { font-weight:650; } .legend span { margin-right:14px; white-space:nowrap; display:inline-block; } .legend span:last-child { white-space:normal; } .legend i { display:inline-block; width:10px; height:10px; border-radius:50%; margin-right:5px; }
@@ -352,7 +352,6 @@ export default {
       ["GPT-3, short of data", one("GPT-3")], ["Llama 3.1 8B, far past optimal", one("Llama 3.1 8B")], ["Two digits too few", { law: "hoffmann-rounded", tab: "certainty" }], ["To serve 10T tokens", { compute: 5.88e21, served: 1e13, tab: "serving" }],
       ["When data runs out", { compute: 1e25, unique: 1e12, tab: "serving" }], ["Kaplan’s advice", { law: "kaplan", tab: "biases" }], ["A fit that stops early", { objective: "mean", runs: "simulated", tab: "refit" }], ["This book’s own runs", { law: "ours", compute: reach[1], N: largest[0], D: largest[1], tab: "refit" }]];
     const chips = h("div", { class: "chips", role: "group", "aria-label": "Views to try" }, h("span", { class: "quiet" }, "Try:"), views.map(([text, values]) => lm.button(text, () => put({ ...start, ...values }))));
-    ui.root.insertBefore(chips, ui.controls);
     ui.controls.style.gridTemplateColumns = "repeat(auto-fit,minmax(min(100%,250px),1fr))";
     ui.controls.append(budget.el, law.el, famous.el);
     const tile = (word) => { const number = h("b"), under = h("span", {}, word); return { el: h("div", {}, number, under), set(value, text) { number.textContent = value; if (text) under.textContent = text; } }; };
@@ -481,7 +480,7 @@ export default {
     const showLegend = () => legend.replaceChildren(...[["orange", "this budget"], ["green", plainBand() && draws[get("law")] ? "best split, with 80\u00a0% of resampled laws" : "best split"], ["violet", "my model"], now.answers.N_serve && ["pink", "best to serve"], get("law") === "ours" && ["blue", "runs of this law"], ["ink", "published models (hollow: only a part of the parameters is active)"]].filter(Boolean).map(([c, text]) => h("span", {}, h("i", { style: `background:${lm.color(c)}` }), text)));
     const mapBox = titled(map, "Every size and every amount of data"); mapBox.classList.add("map");
     ui.body.append(tileRow, lm.row(titled(iso, "One budget, every size"), mapBox),
-      legend);
+      legend, chips);
 
     // ------------------------------------------------------------------ the tabs
     const table = (head, rows, caption) => h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, h("table", {}, h("thead", {}, h("tr", {}, head.map((cell) => h("th", { scope: "col" }, cell)))), h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, i) => h(i ? "td" : "th", i ? {} : { scope: "row" }, cell)))))));

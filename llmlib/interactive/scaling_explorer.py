@@ -70,13 +70,15 @@ def state(**start) -> dict:
     )
     from llmlib.notebook import recorded
 
-    own = _own()
+    note = "bytes of Python; N without the input embedding; so small a range doesn't pin the five constants down"
+    source = "llmlib.scaling on book/recorded/scaling.json"
     return INPUTS | start | {
-        "laws": {name: _law(name) for name in LABELS if name in scaling.LAWS} | {"ours": own["law"]},
+        "laws": {name: _law(name) for name in LABELS if name in scaling.LAWS}
+        | {"ours": own()["constants"] | {"source": source, "note": note}},
         "labels": LABELS,
-        "draws": {"refit": recorded("scaling-refit")["draws"], "ours": own["draws"]},
-        "data": own["runs"],
-        "data_reach": own["reach"],
+        "draws": {"refit": recorded("scaling-refit")["draws"], "ours": own()["draws"]},
+        "data": own()["runs"],
+        "data_reach": own()["budgets"],
         "models": [[m.name, m.year, m.N, m.N_active, m.D, m.certainty, m.source] for m in scaling.published_models()],
         "hardware": {name: chip._asdict() for name, chip in scaling.CHIPS.items()},
         "moe": {
@@ -95,22 +97,11 @@ def _law(name: str) -> dict:
 
 
 @cache
-def _own() -> dict:
-    """The book's own runs (N, D, loss), the law fitted to them, and 200 resamples of it."""
+def own() -> dict:
+    """Chapter 09's runs, their law and 200 resamples of it, as book/recorded/scaling_explorer.py stored them."""
     from llmlib.notebook import recorded
 
-    runs = [run for run in recorded("scaling").values() if isinstance(run, dict) and run.get("lr_factor") == 1]
-    columns = [[run[key] for run in runs] for key in ("N", "D", "loss")]
-    fit = scaling.fit_parametric(*columns)
-    resampled = fit.bootstrap(200, seed=0)
-    note = "bytes of Python; N without the input embedding; the five constants are not pinned down by so small a range"
-    law = {key: float(f"{getattr(fit, key):.8g}") for key in CONSTANTS}
-    return {
-        "runs": list(map(list, zip(*columns, strict=True))),
-        "law": law | {"source": "book/recorded/scaling.json, fitted by llmlib.scaling", "note": note},
-        "reach": [min(run["budget"] for run in runs), max(run["budget"] for run in runs)],
-        "draws": [[float(f"{x:.5g}") for x in row] for row in zip(*map(resampled.samples, CONSTANTS), strict=True)],
-    }
+    return recorded("scaling-explorer")
 
 
 def current_law(law, constants, experts, weights, activations, kv, **_):
@@ -126,7 +117,7 @@ def current_law(law, constants, experts, weights, activations, kv, **_):
 
 
 def _named(law: str) -> scaling.ParametricLaw:
-    return scaling.ParametricLaw(*(_own()["law"][key] for key in CONSTANTS)) if law == "ours" else scaling.LAWS[law]
+    return scaling.ParametricLaw(**own()["constants"]) if law == "ours" else scaling.LAWS[law]
 
 
 def answer(**inputs) -> dict:
