@@ -66,7 +66,7 @@ export default { render({ model, el }) {
         title: (i, j, weight) => `${tokens[i]} gives ${tokens[j] ?? "the sink"} ${(100 * weight).toFixed(1)} %`,
       });
       if (p.width / matrix[0].length > 30) {
-        matrix.forEach((row, i) => row.forEach((weight, j) => p.text(j + 0.5, i + 0.5, weight < 0.005 ? "" : weight.toFixed(2).slice(1).padStart(3, "1"), { anchor: "middle", dy: 4, size: 11, weight: i === chosen ? 700 : 400 })));
+        matrix.forEach((row, i) => row.forEach((weight, j) => p.text(j + 0.5, i + 0.5, weight < 0.005 ? "" : weight >= 0.995 ? "1" : weight.toFixed(2).slice(1), { anchor: "middle", dy: 4, size: 11, weight: i === chosen ? 700 : 400 })));
       }
       const right = matrix[0].length;
       p.line([[0, chosen], [right, chosen], [right, chosen + 1], [0, chosen + 1], [0, chosen]], { color: "ink", width: 2, free: true });

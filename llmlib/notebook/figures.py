@@ -148,7 +148,7 @@ def boxes(parts: Mapping[str, tuple], arrows: Sequence[tuple] = (), *, width: fl
     for name, (x, y, text, colour) in parts.items():
         edge = colours()[colour] if colour else "none"
         box = {"boxstyle": "round,pad=0.5", "facecolor": (*_rgb(edge), 0.15) if colour else "none", "edgecolor": edge}
-        drawn[name] = ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox=box)
+        drawn[name] = ax.text(x, y, text, ha="center", va="center", fontsize=10, bbox=box)
     for start, end, *label in arrows:
         (x0, y0, *_), (x1, y1, *_) = parts[start], parts[end]
         ax.annotate(
@@ -157,7 +157,7 @@ def boxes(parts: Mapping[str, tuple], arrows: Sequence[tuple] = (), *, width: fl
                         "patchB": drawn[end].get_bbox_patch(), "shrinkA": 1, "shrinkB": 1, "linewidth": 1.1},
         )  # fmt: skip
         if label:
-            ax.text((x0 + x1) / 2, (y0 + y1) / 2 + 0.08, label[0], ha="center", va="bottom", fontsize=8)
+            ax.text((x0 + x1) / 2, (y0 + y1) / 2 + 0.08, label[0], ha="center", va="bottom", fontsize=9)
     plt.show()
 
 

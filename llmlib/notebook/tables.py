@@ -42,15 +42,19 @@ def table(rows: Sequence[Mapping | Sequence], columns: Sequence[str] | None = No
         columns = list(rows[0])
     cells = [[row[c] for c in columns] if isinstance(row, Mapping) else list(row) for row in rows]
     texts = [[_text(value) for value in row] for row in cells]
-    right = [all(isinstance(row[i], int | float) for row in cells) for i in range(len(columns))]
+    right = [all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
     _display(html=_html_table(texts, list(columns), right, caption), text=_text_table(texts, list(columns), caption))
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text(value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}".replace(",", "\u202f") if abs(value) >= 10_000 else str(value)
+    if _is_number(value) and abs(value) >= 10_000:
+        return f"{value:,.0f}".replace(",", "\u202f")
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
