@@ -1,4 +1,4 @@
-"""Write the repository's address into the notebooks' set-up cells, which install llmlib on Colab:  address.py owner/name
+"""Write the repository's address into the cells that install llmlib on Colab:  address.py owner/name
 
 Whoever hosts the book runs this once; until then the cells hold OWNER/REPOSITORY.
 """
