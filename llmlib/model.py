@@ -55,7 +55,7 @@ class Spec:
         return isinstance(other, Spec) and (self.cls, self.options) == (other.cls, other.options)
 
     def __hash__(self) -> int:
-        return hash(repr(self))
+        return hash((self.cls, frozenset(self.options)))
 
 
 spec = Spec

@@ -36,8 +36,10 @@ class StateSpaceMixer(nn.Module):
         state, ys = {} if state is None else state, []
         cuts = sorted({0, *begins.any(0).nonzero().flatten().tolist()})
         for start, end in zip(cuts, [*cuts[1:], t], strict=True):
-            for name, held in state.items():
-                state[name] = torch.where(begins[:, start].view(-1, *[1] * (held.ndim - 1)), 0, held)
+            forgets = begins[:, start]
+            for name, kept in state.items():
+                if isinstance(kept, Tensor):
+                    state[name] = torch.where(forgets.view(-1, *[1] * (kept.ndim - 1)), 0, kept)
             ys.append(self.mix(x[:, start:end], state, None if valid is None else valid[:, start:end]))
         return torch.cat(ys, 1)
 
