@@ -53,6 +53,7 @@ def reference_counts(name):
     return total, total - idle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFERENCES)
 def test_counts_equal_transformers(name):
     config = get(name)

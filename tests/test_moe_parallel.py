@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from llmlib.ffn import GLU
@@ -15,6 +16,7 @@ OPTIONS = dict(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one():
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__],
