@@ -39,7 +39,8 @@ def llama(
 def llama3(*sizes, factor: float | None = None, max_seq_len: int = 131072, **options) -> ModelConfig:
     """Llama 3 and, with the `factor` that stretches its wavelengths beyond 8,192 tokens, Llama 3.1 and 3.2."""
     scaling = factor and {
-        "type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
     }  # fmt: skip
     return llama(
         *sizes, vocab_size=128256, rope_theta=500000.0, rope_scaling=scaling, max_seq_len=max_seq_len, **options

@@ -1,0 +1,187 @@
+"""The command line, as a person calls it."""
+
+import json
+import subprocess
+import sys
+
+import families
+import pytest
+import torch
+
+from llmlib import presets
+from llmlib.cli import BOOK_MODEL, main, short
+from llmlib.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
+
+TEXT = "def read(path):\n    return path.read_text()\n" * 50
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny Llama with a tokenizer of its own."""
+    _, folder = families.saved("llama", tmp_path_factory.mktemp("checkpoints"))
+    tokenizer = BPETokenizer.train([TEXT], 256 + 40)
+    tokenizer.save(folder / "tokenizer.json")
+    families.edit_config(folder, vocab_size=97)
+    return folder
+
+
+def run(capsys, *arguments):
+    status = main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_info_prints_the_published_numbers(capsys):
+    status, out, _ = run(capsys, "info", "llama-3-8b", "--context", 8192)
+    assert status == 0
+    for expected in ("8,030,261,248", "8.03 B", "131,072", "32 ×", "Attention", "SwiGLU", "1.00 GiB"):
+        assert expected in out
+
+
+def test_info_for_machines(capsys, tmp_path):
+    svg = tmp_path / "gpt2.svg"
+    _, out, _ = run(capsys, "info", "gpt2", "--json", "--dtype", "float32", "--batch", 2, "--svg", svg)
+    facts = json.loads(out)
+    assert facts["parameters"]["total"] == 124_439_808
+    assert facts["cache_bytes_per_token"] == 2 * 4 * 768 * 12
+    assert facts["memory_bytes"]["cache"] == 2 * 4096 * facts["cache_bytes_per_token"]
+    assert facts["memory_bytes"]["total"] == facts["memory_bytes"]["weights"] + facts["memory_bytes"]["cache"]
+    assert svg.read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_info_of_a_folder_and_of_yaml(capsys, checkpoint, tmp_path):
+    _, out, _ = run(capsys, "info", checkpoint, "--json", "--context", 32)
+    held = json.loads(out)["parameters"]["total"]
+    assert held == families.reference("llama").num_parameters()
+    file = tmp_path / "config.yaml"
+    file.write_text(presets.get("gpt2").to_yaml())
+    _, out, _ = run(capsys, "info", file, "--json", "--context", 32)
+    assert json.loads(out)["parameters"]["total"] == 124_439_808
+
+
+def test_compare(capsys, tmp_path):
+    _, out, _ = run(capsys, "compare", "llama-2-7b", "llama-3-8b", "--svg", tmp_path / "d.svg")
+    assert "mixer.num_kv_heads  32          8" in out
+    assert (tmp_path / "d.svg").exists()
+    _, out, _ = run(capsys, "compare", "llama-2-7b", "llama-3-8b", "--json")
+    assert {"what": "vocab_size", "llama-2-7b": "32,000", "llama-3-8b": "128,256"} in json.loads(out)
+
+
+def test_generate_prints_what_the_model_says(capsys, tmp_path):
+    model, tokenizer = open_book()
+    prompt = "def read(path):"
+    expected = model.generate(torch.tensor([tokenizer.encode(prompt)]), 20)[0]
+    status, out, _ = run(capsys, "generate", "--preset", prompt, "--max-new-tokens", 20)
+    assert status == 0
+    assert out == tokenizer.decode(expected.tolist()) + "\n"
+    _, named, _ = run(capsys, "generate", BOOK_MODEL, prompt, "--max-new-tokens", 20)
+    assert named == out
+
+
+def open_book():
+    from llmlib import load
+
+    return load(BOOK_MODEL), load_tokenizer(BOOK_MODEL)
+
+
+def test_a_batch_of_prompts_and_json(capsys):
+    prompts = ["import os", "class A:", "for i in"]
+    options = ["--max-new-tokens", 8, "--temperature", 0.9, "--top-k", 20, "--top-p", 0.9, "--seed", 3]
+    _, out, _ = run(capsys, "generate", "--preset", *prompts, *options, "--json")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [a["prompt"] for a in answers] == prompts
+    assert all(a["text"].startswith(a["prompt"]) and len(a["tokens"]) == 8 for a in answers)
+    _, again, _ = run(capsys, "generate", "--preset", *prompts, *options, "--json")
+    assert again == out
+
+
+def test_the_model_trained_in_the_book_writes_python():
+    """It has learnt its text: far below the 8 bits per byte of a model that knows nothing, and as recorded."""
+    from llmlib.notebook import recorded
+
+    result = recorded("book_model")["model"]
+    assert result["validation_bits_per_byte"] < 3
+    model, tokenizer = open_book()
+    assert model.num_parameters() == result["parameters"]
+    tokens = torch.tensor(
+        [tokenizer.encode("import os\n\n\ndef main():\n    for name in names:\n        print(name)\n")]
+    )
+    per_byte = model.loss(tokens).item() * (tokens.shape[1] - 1) / 66 / 0.693
+    assert per_byte < 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "llama-9"], "there is no preset 'llama-9'; the nearest are llama-"),
+        (["info", "./nowhere"], "there is no folder nowhere"),
+        (["info", "config.yaml"], "config.yaml can't be read"),
+        (["generate"], "python -m llmlib generate --preset"),
+        (["generate", "./nowhere", "hello"], "generate --preset PROMPT"),
+        (["generate", "--preset"], "there is no prompt"),
+        (["generate", "--preset", ""], "has no tokens"),
+        (["generate", "--preset", "x", "--temperature", "-1"], "temperature is -1"),
+    ],
+)
+def test_mistakes_are_one_line_on_stderr(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert message in err
+    assert out == ""
+
+
+def test_training_resumes_and_reports(capsys, tmp_path):
+    from llmlib.attention import Attention
+    from llmlib.ffn import SwiGLU
+    from llmlib.model import Layer, ModelConfig, spec
+    from llmlib.norm import RMSNorm
+
+    layer = Layer(spec(Attention, num_heads=2, rope_theta=1e4), spec(SwiGLU, d_ff=32))
+    config = ModelConfig(vocab_size=256, d_model=16, norm=spec(RMSNorm), layers=(layer,))
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    (tmp_path / "other.txt").write_text(TEXT)
+    options = ["--data", tmp_path, "--steps", 6, "--time", 32, "--batch-size", 4, "--out", tmp_path / "run.pt"]
+    status, out, _ = run(capsys, "train", tmp_path / "c.yaml", *options)
+    assert status == 0
+    assert "validation loss" in out
+    _, again, _ = run(capsys, "train", tmp_path / "c.yaml", *options)
+    assert again == out
+    (tmp_path / "d.yaml").write_text(config.replace(vocab_size=300).to_yaml())
+    status, _, err = run(capsys, "train", tmp_path / "d.yaml", *options)
+    assert "vocab_size is 300; training reads bytes, so it must be 256" in err
+
+
+def test_the_module_runs_and_its_help_reads_well():
+    result = subprocess.run([sys.executable, "-m", "llmlib", "--help"], capture_output=True, text=True, check=True)
+    for word in ("info", "generate", "compare", "train", "examples:", "The capital city of France is"):
+        assert word in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_bpe_is_lossless_and_shorter_than_bytes(tmp_path):
+    tokenizer = BPETokenizer.train([TEXT], 300)
+    for text in (TEXT, "naïve Ελληνικά 漢字 🙂\x00", ""):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert ByteTokenizer().decode(ByteTokenizer().encode(text)) == text
+    assert len(tokenizer.encode(TEXT)) < len(TEXT) / 3
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path).encode(TEXT) == tokenizer.encode(TEXT)
+    assert BPETokenizer.train([TEXT], 300).encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def test_tokenizers_that_are_missing_or_broken(tmp_path):
+    from llmlib import CheckpointError, ConfigError
+
+    with pytest.raises(CheckpointError, match="has no tokenizer.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="can't be read as a tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match="vocab_size is 200, and byte-level BPE starts from 256"):
+        BPETokenizer.train([TEXT], 200)
+
+
+def test_units():
+    assert [short(n) for n in (12, 1500, 124_439_808, 8.03e9, 1.04e12)] == ["12", "1.5 k", "124 M", "8.03 B", "1.04 T"]
