@@ -29,14 +29,14 @@ def style(seed: int = 0) -> None:
     ink = colours()["ink"]
     mpl.rcdefaults()
     mpl.rcParams.update({
-        "figure.figsize": (6.4, 3.0), "figure.facecolor": "none", "savefig.facecolor": "none",
+        "figure.figsize": (6.4, 3.2), "figure.facecolor": "none", "savefig.facecolor": "none",
         "figure.constrained_layout.use": True, "figure.dpi": 144,
         "axes.facecolor": "none", "axes.edgecolor": ink, "axes.labelcolor": ink, "axes.titlecolor": ink,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.labelsize": 10,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "axes.labelsize": 11,
         "axes.prop_cycle": cycler(color=[c for name, c in colours().items() if name not in ("grey", "ink")]),
         "axes.grid": True, "grid.color": ink, "grid.alpha": 0.2, "grid.linewidth": 0.6, "axes.axisbelow": True,
-        "text.color": ink, "xtick.color": ink, "ytick.color": ink, "xtick.labelsize": 9, "ytick.labelsize": 9,
-        "legend.frameon": False, "legend.fontsize": 9, "font.family": "DejaVu Sans", "font.size": 10,
+        "text.color": ink, "xtick.color": ink, "ytick.color": ink, "xtick.labelsize": 10, "ytick.labelsize": 10,
+        "legend.frameon": False, "legend.fontsize": 10, "font.family": "DejaVu Sans", "font.size": 11,
         "lines.linewidth": 1.8, "svg.fonttype": "path", "svg.hashsalt": "llmlib", "svg.image_inline": True,
     })  # fmt: skip
     _use_svg_in_notebooks()
