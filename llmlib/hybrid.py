@@ -91,9 +91,10 @@ class SharedBlock(nn.Module):
         init_linears_(self, std)
         self.attention.reset_parameters(std=std)
 
-    def forward(self, x: Float[Tensor, "b t d"], state, context: Context, adapter: nn.Module | None):
-        y = self.attention(self.input_norm(torch.cat([x, context.embeddings], -1)), state, context)
-        y = self.ffn_norm(y)
+    def forward(self, x: Float[Tensor, "b t d"], state, context: Context, use: "WithSharedBlock"):
+        y = self.input_norm(torch.cat([x, context.embeddings], -1))
+        y = torch.func.functional_call(self.attention, use.adapted(self.attention), (y, state, context))
+        y, adapter = self.ffn_norm(y), use.adapter
         gate, up = (self.gate_up_proj(y) if adapter is None else self.gate_up_proj(y) + adapter(y)).chunk(2, -1)
         return self.down_proj(glu(gate, up, self.activation))
 
@@ -109,6 +110,7 @@ class WithSharedBlock(nn.Module):
     block         spec(SharedBlock, …) in the first layer of that name, None in the later ones
     mixer, norm   what follows, and the norm before it
     d_ff, adapter_rank  of the block's feed-forward, for this use's adapter; rank 0 leaves it out
+    attention_adapter   adapters of that rank on the block's q_proj, k_proj and v_proj too: W + B A in place of W
 
     Its state: one dict for the block's attention, "block", and one for the mixer, "mixer".
     """
@@ -123,6 +125,7 @@ class WithSharedBlock(nn.Module):
         block: Callable | None = None,
         d_ff: int = 0,
         adapter_rank: int = 0,
+        attention_adapter: bool = False,
     ):
         super().__init__()
         require(
@@ -130,19 +133,28 @@ class WithSharedBlock(nn.Module):
             f"adapter_rank is {adapter_rank}, so d_ff, the width of the block's feed-forward, must be given",
         )
         self.name, self.block = name, block and block(d_model)
-        self.adapter = None
-        if adapter_rank:
-            self.adapter = nn.Sequential(
-                nn.Linear(d_model, adapter_rank, bias=False), nn.Linear(adapter_rank, 2 * d_ff, bias=False)
-            )
+        require(
+            adapter_rank > 0 or not attention_adapter,
+            f"attention_adapter needs a rank, and adapter_rank is {adapter_rank}: give it 1 or more",
+        )
+        self.adapter = _low_rank(d_model, adapter_rank, 2 * d_ff) if adapter_rank else None
+        names = ("q_proj", "k_proj", "v_proj") if attention_adapter else ()
+        self.attention_adapters = nn.ModuleDict({n: _low_rank(2 * d_model, adapter_rank, 2 * d_model) for n in names})
         self.linear = nn.Linear(d_model, d_model, bias=False)
         self.norm, self.mixer = norm(d_model), mixer(d_model)
         self._reset_own(0.02)
 
     def _reset_own(self, std: float) -> None:
-        init_linears_(self.linear, std)
-        if self.adapter is not None:
-            init_linears_(self.adapter, std)
+        for part in (self.linear, self.adapter, self.attention_adapters):
+            if part is not None:
+                init_linears_(part, std)
+
+    def adapted(self, attention: nn.Module) -> dict[str, Tensor]:
+        """The weights of the block's attention that this use changes."""
+        return {
+            f"{name}.weight": getattr(attention, name).weight + up.weight @ down.weight
+            for name, (down, up) in self.attention_adapters.items()
+        }
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Weights from N(0, std²); the mixer and the block, where it lives here, initialise themselves."""
@@ -167,8 +179,12 @@ class WithSharedBlock(nn.Module):
             f"no layer before this one has the shared block {self.name!r}: "
             f"give the first of that name block=spec(SharedBlock, …)",
         )
-        y = self.linear(blocks[self.name](x, _part(state, "block"), context, self.adapter))
+        y = self.linear(blocks[self.name](x, _part(state, "block"), context, self))
         return self.mixer(self.norm(x + y), _part(state, "mixer"), context)
+
+
+def _low_rank(d_in: int, rank: int, d_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=False))
 
 
 class Identity(nn.Identity):

@@ -35,6 +35,10 @@ NEMOTRON = LLAMA | {
     "moe_shared_expert_intermediate_size": 20, "head_dim": 8, "n_group": 3, "topk_group": 2,
     "routed_scaling_factor": 2.5,
 }  # fmt: skip
+ZAMBA = LLAMA | {
+    "num_key_value_heads": 4, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    "mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "num_mem_blocks": 1, "adapter_rank": 6,
+}  # fmt: skip
 
 CASES: dict[str, tuple[str, dict]] = {
     "gpt2": ("gpt2", GPT2),
@@ -172,9 +176,17 @@ CASES: dict[str, tuple[str, dict]] = {
     ),
     "granitemoehybrid-attention-only": (
         "granitemoehybrid",
-        MOE | SCAN2 | GRANITE | {"num_local_experts": 4, "layer_types": ["attention"] * 3, "position_embedding_type": "rope"},
+        MOE | SCAN2 | GRANITE | {"num_local_experts": 4, "layer_types": ["attention"] * 3,
+                                 "position_embedding_type": "rope"},
     ),
     "nemotron_h": ("nemotron_h", NEMOTRON),
+    "zamba2": ("zamba2", ZAMBA),
+    "zamba2-two-blocks": (
+        "zamba2",
+        ZAMBA | {"num_mem_blocks": 2, "use_mem_rope": True, "use_shared_attention_adapter": True, "mamba_ngroups": 2,
+                 "num_hidden_layers": 5,
+                 "layers_block_type": ["mamba", "hybrid", "hybrid", "mamba", "hybrid"]},
+    ),
     "nemotron_h-dense": ("nemotron_h", NEMOTRON | {"hybrid_override_pattern": "M*-M-", "mlp_bias": True,
                                                    "attention_bias": True}),
 }  # fmt: skip

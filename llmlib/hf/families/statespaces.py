@@ -1,4 +1,5 @@
-"""Families with state spaces: Mamba, Falcon-Mamba, Mamba-2, and the hybrids Jamba, Bamba, Granite 4, Nemotron-H."""
+"""Families with state spaces: Mamba, Falcon-Mamba, Mamba-2, and the hybrids Jamba, Bamba, Granite 4, Nemotron-H,
+Zamba2."""
 
 import math
 
@@ -20,6 +21,7 @@ from llmlib.hf.families.llamas import (
 from llmlib.hf.keys import ACTIVATIONS, Keys, rotary
 from llmlib.hf.loading import family
 from llmlib.hf.tables import linear, norm
+from llmlib.hybrid import Identity, SharedBlock, WithSharedBlock
 from llmlib.model import Layer, ModelConfig, Spec, spec
 from llmlib.moe import TopKRouter
 from llmlib.norm import RMSNorm
@@ -294,3 +296,74 @@ def _nemotron_experts(c: Keys, activation: str, bias: bool) -> Spec:
         c, expert, c("n_routed_experts"), router=router, latent_size=c("moe_latent_size", None), latent_bias=bias,
         shared_expert=expert.replace(d_ff=c("moe_shared_expert_intermediate_size")),
     )  # fmt: skip
+
+
+ZAMBA = ENDS | scan_rows(FILE + "mamba") | {
+    "final_norm.weight": "model.final_layernorm.weight",
+    BLOCK + "mixer_norm.weight": FILE + "input_layernorm.weight",
+    BLOCK + "mixer.linear.weight": FILE + "linear.weight",
+    BLOCK + "mixer.norm.weight": FILE + "mamba_decoder.input_layernorm.weight",
+    **{row.replace("mixer.", "mixer.mixer."): name for row, name in scan_rows(FILE + "mamba_decoder.mamba").items()},
+}  # fmt: skip
+ZAMBA_BLOCK = {
+    "input_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "pre_ff_layernorm.weight",
+    "gate_up_proj.weight": "feed_forward.gate_up_proj.weight", "down_proj.weight": "feed_forward.down_proj.weight",
+    **{f"attention.{n}_proj.weight": f"self_attn.{n}_proj.weight" for n in "qkvo"},
+}  # fmt: skip
+
+
+def zamba_rows(config: ModelConfig, i: int) -> dict[str, str]:
+    """The rows of one layer: a plain one's norm inside the mixer is Mamba-2's own; a hybrid one's adapters are stored
+    with the first layer of its block, at its place in the order of hybrid layers."""
+    if config.layers[i].mixer.cls is not WithSharedBlock:
+        return scan_rows(FILE + "mamba")
+    hybrids = [j for j, layer in enumerate(config.layers) if layer.mixer.cls is WithSharedBlock]
+    name = config.layers[i].mixer.options["name"]
+    first = next(j for j in hybrids if config.layers[j].mixer.options["name"] == name)
+    stored, own = f"model.layers.{first}.shared_transformer.", f"_adapter_list.{hybrids.index(i)}."
+    rows = {f"{BLOCK}mixer.block.{row}": stored + name for row, name in ZAMBA_BLOCK.items()}
+    for k in (0, 1):
+        rows[f"{BLOCK}mixer.adapter.{k}.weight"] = f"{stored}feed_forward.gate_up_proj{own}{k}.weight"
+        for n in "qkv":
+            row = f"{BLOCK}mixer.attention_adapters.{n}_proj.{k}.weight"
+            rows[row] = f"{stored}self_attn.linear_{n}{own}{k}.weight"
+    return rows
+
+
+@family("zamba2", table=ZAMBA, choose=zamba_rows, buffers=BUFFERS)
+def zamba2(c: Keys) -> ModelConfig:
+    steps(c)
+    c.only("add_bias_linear", False)
+    c.only("use_long_context", False)
+    c.ignore("use_conv_bias", "num_query_groups", "kv_channels", "ffn_hidden_size", "hybrid_layer_ids", "layer_types",
+             "attention_hidden_size", "use_mem_rope", "rope_parameters", "rope_theta", "rope_scaling",
+             "num_hidden_layers")  # fmt: skip
+    d_model, eps = c("hidden_size"), c("rms_norm_eps", 1e-5)
+    num_heads = c("num_attention_heads")
+    width = c("attention_head_dim", 2 * d_model // num_heads)
+    norm_spec = spec(RMSNorm, eps=eps)
+    scan = spec(
+        Mamba2, num_heads=c("n_mamba_heads", 8), head_dim=c("mamba_headdim", 2 * d_model // c("n_mamba_heads", 8)),
+        expand=c("mamba_expand", 2), d_state=c("mamba_d_state", 64), n_groups=c("mamba_ngroups", 1),
+        d_conv=c("mamba_d_conv", 4), chunk_size=c("chunk_size", 256), norm_eps=1e-5,
+        dt_limit=(float(c("time_step_min", 0.001)), math.inf),
+    )  # fmt: skip
+    turns = rotary(c, width) if c("use_mem_rope", False) else {}
+    options = heads(c, num_heads=num_heads, head_dim=width, scale=(width / 2) ** -0.5, d_out=d_model, **turns)
+    block = spec(
+        SharedBlock, attention=spec(Attention, **options), norm=norm_spec, d_ff=c("intermediate_size"),
+        activation=c.choice("hidden_act", ACTIVATIONS, "gelu"),
+    )  # fmt: skip
+    use = spec(
+        WithSharedBlock, name="", mixer=scan, norm=norm_spec, d_ff=c("intermediate_size"),
+        adapter_rank=c("adapter_rank", 128), attention_adapter=c("use_shared_attention_adapter", False),
+    )  # fmt: skip
+    layers, uses, blocks = [], 0, c("num_mem_blocks", 1)
+    for kind in c("layers_block_type"):
+        if kind != "hybrid":
+            layers.append(Layer(mixer=scan))
+            continue
+        shared = use.replace(name=f"block {uses % blocks}", block=block if uses < blocks else None)
+        layers.append(Layer(mixer=shared, norm=spec(Identity)))
+        uses += 1
+    return assemble(c, layers, norm=norm_spec, tied=True)
