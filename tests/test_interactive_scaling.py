@@ -317,7 +317,7 @@ def random_inputs(rng) -> dict:
 
 def test_the_answers_equal_python_for_random_settings(module):
     rng = random.Random(SEED)
-    settings = [random_inputs(rng) for _ in range(80)]
+    settings = [random_inputs(rng) for _ in range(50)]
     found = module.evaluate(
         "all => all.map(one => situation(key => one[key] ?? data[key]).answers)", json.loads(json.dumps(settings))
     )
@@ -620,6 +620,8 @@ def test_wrong_starts_are_refused():
         explorer(budget=1e24)
     with pytest.raises(ConfigError, match="law 'gpt' is not known"):
         state(law="gpt")
+    with pytest.raises(ConfigError, match="law 'gpt' is not known"):
+        live().law = "gpt"
 
 
 def test_the_explorers_html_is_the_same_each_time():

@@ -557,7 +557,7 @@ export default {
 
     page("hardware", (node) => {
       const chips = get("hardware"), out = h("div");
-      node.append(h("div", { class: "controls" }, lm.bind(model, "chip", lm.select({ label: "Chip", options: Object.entries(chips).map(([k, c]) => [k, `${k} (${lm.num(c.peak / 1e12)} TFLOP/s, ${c.watts} W)`]) })).el, slider("chips", { label: "How many", log: true, format: (v) => lm.si(v, 4) }).el, slider("mfu", { label: "Share of peak reached (MFU)", step: 0.01, format: (v) => `${lm.num(100 * v)}%` }).el, slider("price", { label: "Dollars per chip-hour", log: true, step: 0.01, hint: "(an assumption)" }).el), out);
+      node.append(h("div", { class: "controls" }, lm.bind(model, "chip", lm.select({ label: "Chip", options: Object.entries(chips).map(([k, c]) => [k, `${k} (${lm.num(c.peak / 1e12)} TFLOP/s, ${c.watts} W)`]) })).el, slider("chips", { label: "How many", log: true, format: (v) => Math.round(v).toLocaleString("en") }).el, slider("mfu", { label: "Share of peak reached (MFU)", step: 0.01, format: (v) => `${lm.num(100 * v)}%` }).el, slider("price", { label: "Dollars per chip-hour", log: true, step: 0.01, hint: "(an assumption)" }).el), out);
       return () => {
         const cost = (C) => F.training_cost(C, chips[get("chip")], get("chips"), get("mfu"), get("price")), one = cost(get("compute")), two = cost(6 * get("N") * get("D"));
         const days = (d) => (d < 2 ? `${lm.num(d * 24)} hours` : d > 730 ? `${lm.num(d / 365.25)} years` : `${lm.num(d)} days`), energy = (k) => (k >= 1e6 ? `${lm.num(k / 1e6)} GWh` : k >= 1e3 ? `${lm.num(k / 1e3)} MWh` : `${lm.num(k)} kWh`);

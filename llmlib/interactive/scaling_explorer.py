@@ -65,9 +65,7 @@ def state(**start) -> dict:
     Raises ConfigError for an input that doesn't exist or a law that isn't known."""
     unknown = sorted(set(start) - set(INPUTS))
     require(not unknown, f"the explorer has no input {', '.join(unknown)}: choose from {', '.join(INPUTS)}")
-    require(
-        start.get("law", "refit") in LABELS, f"law {start.get('law')!r} is not known: choose from {', '.join(LABELS)}"
-    )
+    _known(start.get("law", "refit"))
     from llmlib.notebook import recorded
 
     note = "bytes of Python; N without the input embedding; so small a range doesn't pin the five constants down"
@@ -104,8 +102,13 @@ def own() -> dict:
     return recorded("scaling-explorer")
 
 
+def _known(law: str) -> None:
+    require(law in LABELS, f"law {law!r} is not known: choose from {', '.join(LABELS)}")
+
+
 def current_law(law, constants, experts, weights, activations, kv, **_):
     """The law that the inputs name; fewer bits than 16 make parameters count less: A·(N_eff/N)^−α."""
+    _known(law)
     if law == "kaplan":
         return scaling.LAWS["kaplan"]
     if law == "custom":
