@@ -14,6 +14,7 @@ from llmlib.attention import (
     CrossAttention,
     attention,
     cache_bytes,
+    flex,
     max_logits,
     qk_clip_,
     quantise,
@@ -117,6 +118,20 @@ def test_which_kernel_runs():
     assert chosen(softcap=3.0) == "reference"
     with pytest.raises(KernelUnavailableError, match="softcap"), kernels("sdpa"):
         attention(q, q, q, softcap=3.0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("number", range(30))
+def test_what_the_gpu_kernel_is_told(number):
+    """FlexAttention's own eager form computes the formula that it compiles on a GPU; on the CPU it has no backward."""
+    from test_ops import EXAMPLES, assert_all_close
+    from torch.nn.attention.flex_attention import flex_attention
+
+    args, options = EXAMPLES["attention"][number](torch.float32, "cpu")
+    with torch.no_grad():
+        assert_all_close(
+            "output", [flex(flex_attention, *args, **options)], [attention.reference(*args, **options)], 1e-5
+        )
 
 
 # --- the layer, against transformers -------------------------------------------------------------------------------

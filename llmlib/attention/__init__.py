@@ -3,6 +3,7 @@
 from llmlib.attention.cache import GrowingCache, Int8Cache, RingCache, cache_bytes, quantise
 from llmlib.attention.convert import max_logits, qk_clip_, to_grouped
 from llmlib.attention.flash import FlashAttention
+from llmlib.attention.flex import flex
 from llmlib.attention.functional import attention, banded, masked_softmax, visible
 from llmlib.attention.layer import Attention, CrossAttention
 from llmlib.attention.mla import MLA
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "banded",
     "cache_bytes",
+    "flex",
     "masked_softmax",
     "max_logits",
     "qk_clip_",

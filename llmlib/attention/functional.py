@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llmlib.errors import require
+from llmlib.errors import ConfigError, require
 from llmlib.norm import at_least_float32
 from llmlib.ops import op
 
@@ -89,13 +89,15 @@ def both(a: Bool[Tensor, "..."] | None, b: Bool[Tensor, "..."] | None) -> Bool[T
 
 def check_shapes(q, k, v, causal: bool, window: int | None) -> tuple[int, int]:
     """(t, s), or a ConfigError that says what doesn't fit."""
-    (h, t, d), (g, s) = q.shape[1:], k.shape[1:3]
+    (_, h, t, d), (_, g, s, width) = q.shape, k.shape
+    fits = h % g == 0 and width == d and v.shape[1:3] == (g, s)
+    if fits and (not causal or s >= t) and (window is None or window >= 1):
+        return t, s  # before the messages below are put together: this runs at every call
     require(h % g == 0, f"{h} query heads can't share {g} heads of keys: the first must be a multiple of the second")
-    require(k.shape[-1] == d, f"queries are {d} wide and keys {k.shape[-1]}; they must be equal")
-    require(v.shape[1:3] == k.shape[1:3], f"keys are {tuple(k.shape)} and values {tuple(v.shape)}: they differ")
+    require(width == d, f"queries are {d} wide and keys {width}; they must be equal")
+    require(fits, f"keys are {tuple(k.shape)} and values {tuple(v.shape)}: they differ in heads or length")
     require(not causal or s >= t, f"{t} causal queries stand at the last of {s} keys; there must be at least {t} keys")
-    require(window is None or window >= 1, f"window is {window}, and a query sees at least itself")
-    return t, s
+    raise ConfigError(f"window is {window}, and a query sees at least itself")
 
 
 def _banded_why_not(q, k, v, *, causal=True, window=None, mask=None, bias=None, sinks=None, softcap=None, scale=None):
