@@ -57,6 +57,13 @@ class LinkCitations(SphinxPostTransform):
                 )
 
 
+def plain_roles(app, pagename, templatename, context, doctree) -> None:
+    """Roles that ARIA 1.2 deprecates, or that don't fit together, which docutils writes around the entries."""
+    if pagename == PAGE:
+        context["body"] = re.sub(r' role="(?:doc-biblioentry|list)"', "", context["body"])
+
+
 def setup(app):
     app.add_post_transform(LinkCitations)
+    app.connect("html-page-context", plain_roles)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
