@@ -486,6 +486,9 @@ def test_a_view_survives_its_link(page, tmp_path):
     show(page, tmp_path, link)
     page.reload()
     assert [get(page, key) for key in ("compute", "N", "law", "tab")] == [3.8e25, 405e9, "epoch", "hardware"]
+    page.evaluate("location.hash = '#scaling?compute=1e22&N=405e9&tab=recipe'")
+    page.wait_for_function(f"{ROOT}.querySelector('.budget input').value === '1e22'")
+    assert [get(page, key) for key in ("N", "law", "tab")] == [405e9, "refit", "recipe"]
     page.get_by_role("button", name="Start again").click()
     page.wait_for_function("location.hash === ''")
     assert get(page, "compute") == INPUTS["compute"]
@@ -543,7 +546,10 @@ def test_the_page_follows_the_sites_theme(page, tmp_path):
     light = page.evaluate(ink)
     page.evaluate("document.documentElement.dataset.theme = 'dark'")
     settled(page)
-    assert page.evaluate(ink) != light
+    dark = page.evaluate(ink)
+    assert dark != light
+    page.emulate_media(media="print")
+    assert page.evaluate(ink) == light, "paper is white"
 
 
 # ------------------------------------------------------------------------------------------------ live

@@ -38,11 +38,11 @@
    Colours of text: "ink", "soft". In css: var(--ink) var(--soft) var(--line) var(--surface) var(--raise) and var(--blue) … */
 const lm = (() => {
   const palette = PALETTE;
+  const LIGHT = "--ink:#1d2430; --soft:#566070; --line:#d5dae1; --surface:#fff; --raise:#f4f6f9; --accent:#1f5f99; color-scheme:light;";
   const CSS = `
 :host { all: initial; display: block; font: inherit; color: inherit; }
 .lm { ${Object.entries(palette).map(([k, v]) => `--${k}:${v}`).join(";")};
-  --ink:#1d2430; --soft:#566070; --line:#d5dae1; --surface:#fff; --raise:#f4f6f9; --accent:#1f5f99;
-  color-scheme: light; box-sizing:border-box; background:var(--surface); color:var(--ink); border:1px solid var(--line);
+  ${LIGHT} box-sizing:border-box; background:var(--surface); color:var(--ink); border:1px solid var(--line);
   border-radius:12px; padding:clamp(12px,2.2vw,22px); font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif; text-align:left; }
 .lm.dark { --ink:#e6eaf0; --soft:#a5afbc; --line:#38414d; --surface:#14181e; --raise:#1e242c; --accent:#7db7ea; color-scheme: dark; }
 .lm *, .lm *::before { box-sizing:border-box; }
@@ -78,7 +78,7 @@ const lm = (() => {
 .lm .halo-text { paint-order:stroke; stroke:var(--surface); stroke-width:3.5px; stroke-linejoin:round; }
 @media (max-width:560px) { .lm input[type=text], .lm select, .lm textarea { font-size:16px; } }
 @media (prefers-reduced-motion:reduce) { .lm * { transition:none !important; animation:none !important; } }
-@media print { .lm { border:0; padding:0; break-inside:avoid; } .lm button, .lm input[type=range], .lm details:not([open]) { display:none; } }`;
+@media print { .lm.dark { ${LIGHT} } .lm { border:0; padding:0; break-inside:avoid; } .lm button, .lm input[type=range], .lm details:not([open]) { display:none; } }`;
 
   let ids = 0;
   const id = () => `lm${++ids}`;
