@@ -25,7 +25,7 @@ def trained() -> tuple[CausalLM, dict]:
     model = CausalLM(pocket())
     history = train(
         model, load_corpus(), steps=STEPS, batch_size=BATCH, time=TIME, learning_rate=6e-3, schedule="linear",
-        floor=0.0, warmup=200, seed=0, evaluate_every=500, checkpoint=CHECKPOINT, checkpoint_every=100,
+        floor=0.0, warmup=200, seed=0, evaluate_every=500, checkpoint=CHECKPOINT, checkpoint_every=25,
     )  # fmt: skip
     every = [s for s in range(STEPS) if s == 0 or math.floor(math.log(s, 1.1)) != math.floor(math.log(s + 1, 1.1))]
     smooth = history.smoothed(20)

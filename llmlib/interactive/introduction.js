@@ -147,7 +147,7 @@ export default {
       shaded.replaceChildren(...pieces); shaded.scrollTop = shaded.scrollHeight;
       const known = surprise.filter((v) => v !== undefined), mean = known.reduce((a, b) => a + b, 0) / known.length;
       const alive = p.reduce((n, v) => n + (v > 0), 0), entropy = p.reduce((sum, v) => sum - (v > 0 ? v * Math.log(v) : 0), 0);
-      if (!left) ui.say(`Next: ${char(order[0])} with ${percent(p[order[0]])}. ${alive} of 256 bytes can be drawn, with an entropy of ${lm.num(entropy, 2)} nats.${known.length ? ` So far this text cost the model ${lm.num(mean, 3)} nats per byte.` : ""}`);
+      if (!left) ui.say(`Next: “${char(order[0])}” with ${percent(p[order[0]])}. ${alive} of 256 bytes can be drawn, with an entropy of ${lm.num(entropy, 2)} nats.${known.length ? ` So far this text cost the model ${lm.num(mean, 3)} nats per byte.` : ""}`);
     };
     return lm.live(model, ui, update);
   },
