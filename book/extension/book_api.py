@@ -15,6 +15,7 @@ from sphinx.ext.autodoc import FunctionDocumenter
 from llmlib.ops import Op
 
 COLUMNS = re.compile(r"^(\S(?:.{0,38}?\S)?) {2,}(\S.*)$")
+PARAMETERS = re.compile(r"<dl>\s*((?:<dd>(?:(?!</?d[dl]>).)*</dd>\s*)+)</dl>", re.S)
 ARXIV = re.compile(r"arXiv[: ]\s?(\d{4}\.\d{4,5})")
 
 
@@ -78,6 +79,15 @@ def process(app, what, name, obj, options, lines) -> None:
         lines += [f"Kernels: {', '.join(f'``{k}``' for k in [*(t.name for t in obj.twins), 'reference'])}.", ""]
 
 
+def plain_parameters(app, pagename, templatename, context, doctree) -> None:
+    """Sphinx writes a long signature's parameters as a definition list without terms, which HTML doesn't allow."""
+    if "sig-param" in context.get("body", ""):
+        context["body"] = PARAMETERS.sub(
+            lambda m: '<div class="parameters">' + m[1].replace("<dd>", "<div>").replace("</dd>", "</div>") + "</div>",
+            context["body"],
+        )
+
+
 class OpDocumenter(FunctionDocumenter):
     """An op is documented as the function that it stands for."""
 
@@ -94,4 +104,5 @@ def setup(app):
     app.setup_extension("sphinx.ext.autodoc")
     app.add_autodocumenter(OpDocumenter)
     app.connect("autodoc-process-docstring", process)
+    app.connect("html-page-context", plain_parameters)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
