@@ -454,3 +454,51 @@ def test_published_models():
 def test_import_needs_no_torch():
     code = "import sys, llmlib.scaling; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------ the experiment
+
+
+def recorded_runs():
+    from llmlib.notebook import recorded
+
+    return [run for run in recorded("scaling").values() if isinstance(run, dict) and "loss" in run]
+
+
+def test_every_recorded_run_spent_its_budget_on_the_model_it_names():
+    from llmlib import cost
+
+    runs = recorded_runs()
+    assert sum(run["lr_factor"] == 1 for run in runs) >= 24
+    for run in runs:
+        config = scaling.byte_model(run["d_model"], run["num_layers"])
+        parts = cost.parameters(config)
+        assert run["N"] == parts.total - parts.embedding
+        assert run["C"] == pytest.approx(run["budget"], rel=0.005)
+        assert run["C"] == (6 * run["N"] + 6 * run["num_layers"] * 64 * run["d_model"]) * run["D"]
+
+
+def test_the_experiments_count_of_flops_is_the_one_on_the_module():
+    """6N + 6·L·T·d against the products counted on the model; norms are all the difference."""
+    from llmlib import cost
+
+    config = scaling.byte_model(32, 2).replace(max_seq_len=64)
+    N = cost.parameters(config).total - cost.parameters(config).embedding
+    assert scaling.training_flops(config, 1.0) == pytest.approx(6 * N + 6 * 2 * 64 * 32, rel=0.01)
+
+
+def test_every_recorded_budget_has_its_best_size_inside():
+    runs = [run for run in recorded_runs() if run["lr_factor"] == 1 and run["seed"] == 0]
+    best = []
+    for budget in sorted({run["budget"] for run in runs}):
+        row = sorted((run["N"], run["loss"]) for run in runs if run["budget"] == budget)
+        lowest = min(row, key=lambda pair: pair[1])
+        assert row[0] != lowest != row[-1]
+        best.append(lowest)
+    assert np.all(np.diff([n for n, _ in best]) > 0) and np.all(np.diff([loss for _, loss in best]) < 0)
+
+
+def test_a_run_of_the_experiment():
+    run = scaling.byte_run(6, 1, 2e8)
+    assert run["C"] == pytest.approx(2e8, rel=0.05)
+    assert 2 < run["loss"] < np.log(256)
