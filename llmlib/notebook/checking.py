@@ -8,7 +8,7 @@ from torch import Tensor
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def check(mine: Callable | Tensor, theirs: Callable | Tensor, *inputs, tol: float | None = None, grad: bool = True,
+def check(mine: Callable | Tensor, theirs: Callable | Tensor, *inputs, tol: float | None = None,
           **options) -> None:  # fmt: skip
     """Compare two functions on the same inputs, outputs and gradients, and print one line; or compare two tensors.
 
@@ -20,13 +20,13 @@ def check(mine: Callable | Tensor, theirs: Callable | Tensor, *inputs, tol: floa
         _compare(mine, theirs, tol, "the value")
         print(f"✓ equal to {tol:g}")
         return
-    ours, our_inputs = _run(mine, inputs, options, grad)
-    wanted, their_inputs = _run(theirs, inputs, options, grad)
+    ours, our_inputs = _run(mine, inputs, options)
+    wanted, their_inputs = _run(theirs, inputs, options)
     tol = tol or _TOLERANCE.get(wanted[0].dtype, 0.0)
     assert len(ours) == len(wanted), f"{_name(mine)} returns {len(ours)} tensors, {_name(theirs)} returns {len(wanted)}"
     for i, (a, b) in enumerate(zip(ours, wanted, strict=True)):
         _compare(a, b, tol, "the output" if len(ours) == 1 else f"output {i}")
-    compared = grad and any(b.requires_grad for b in wanted)
+    compared = any(b.requires_grad for b in wanted)
     if compared:
         _compare_gradients(ours, wanted, our_inputs, their_inputs, tol)
     what = "outputs and gradients" if compared else "outputs"
@@ -37,14 +37,13 @@ def _name(function) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
-def _run(function, inputs, options, grad) -> tuple[list[Tensor], list]:
+def _run(function, inputs, options) -> tuple[list[Tensor], list]:
     def fresh(x):
         floating = isinstance(x, Tensor) and x.is_floating_point()
-        return x.detach().clone().requires_grad_(grad) if floating else x
+        return x.detach().clone().requires_grad_() if floating else x
 
     inputs = [fresh(x) for x in inputs]
-    with torch.set_grad_enabled(grad):
-        out = function(*inputs, **options)
+    out = function(*inputs, **options)
     assert out is not None, f"{_name(function)} returned nothing: is the `return` missing?"
     return (list(out) if isinstance(out, tuple | list) else [out]), inputs
 

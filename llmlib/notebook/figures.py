@@ -54,12 +54,12 @@ def _use_svg_in_notebooks() -> None:
         set_matplotlib_formats("svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.05)
 
 
-def _tint(name: str):
-    """A colour map from nothing to the palette's colour, so that zero is whatever lies behind the figure."""
+def _tint():
+    """A colour map from nothing to the palette's blue, so that zero is whatever lies behind the figure."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
-    rgb = to_rgb(colours()[name])
-    return LinearSegmentedColormap.from_list(name, [(*rgb, 0.0), (*rgb, 1.0)])
+    rgb = to_rgb(colours()["blue"])
+    return LinearSegmentedColormap.from_list("blue", [(*rgb, 0.0), (*rgb, 1.0)])
 
 
 def _signed_tint():
@@ -72,7 +72,7 @@ def _signed_tint():
 
 def heatmap(
     values: Tensor | Mapping[str, Tensor], rows: Sequence[str] | None = None, columns: Sequence[str] | None = None, *,
-    ylabel: str = "query", xlabel: str = "key", colour: str = "blue", signed: bool = False, limit: float | None = None,
+    ylabel: str = "query", xlabel: str = "key", signed: bool = False, limit: float | None = None,
     height: float | None = None,
 ) -> None:  # fmt: skip
     """Draw one matrix, or several side by side under their titles, on one scale: from nothing (zero) to full colour.
@@ -88,7 +88,7 @@ def heatmap(
     limit = limit or max(float(m.nan_to_num(0).abs().max()) for m in panels.values()) or 1.0
     size = height or min(3.4, 6.4 / len(panels) + 0.3)
     _, axes = plt.subplots(1, len(panels), figsize=(6.4, size), squeeze=False)
-    scale = {"cmap": _signed_tint(), "vmin": -limit} if signed else {"cmap": _tint(colour), "vmin": 0}
+    scale = {"cmap": _signed_tint(), "vmin": -limit} if signed else {"cmap": _tint(), "vmin": 0}
     for ax, (title, matrix) in zip(axes[0], panels.items(), strict=True):
         image = ax.imshow(matrix.numpy(), vmax=limit, interpolation="none", **scale)
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel if ax is axes[0, 0] else "")
