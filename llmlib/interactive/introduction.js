@@ -92,7 +92,7 @@ export default {
     const weights = Object.values(net.w).reduce((sum, w) => sum + w.length, 0);
     const encode = (text) => Array.from(new TextEncoder().encode(text)), start = model.get("text");
     const char = (b) => (b === 32 ? "space" : b === 10 ? "newline" : b === 9 ? "tab" : b > 32 && b < 127 ? String.fromCharCode(b) : `byte ${b}`);
-    const percent = (p) => `${p > 0 && p < 0.0005 ? lm.num(100 * p, 1) : (100 * p).toFixed(1)} %`;
+    const percent = (p) => (p > 0 && p < 0.0005 ? "< 0.1 %" : `${(100 * p).toFixed(1)} %`);
     const ui = lm.panel(el, { title: "A language model in this page", note: `${weights.toLocaleString("en").replace(/,/g, "\u202f")} weights of 6 bits, in your browser and nowhere else. Edit the text, click a byte to add it, or let the model write.` });
     const text = lm.bind(model, "text", lm.text({ label: "text", rows: 3 }));
     const temperature = lm.slider({ label: "temperature", min: 0, max: 2, step: 0.05 });
