@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmlib.norm import at_least_float32
 from llmlib.ops import available, op
-from llmlib.ssm.scan import require_shapes, widen
+from llmlib.ssm.scan import needs_triton, require_shapes, widen
 
 
 @op
@@ -66,6 +66,19 @@ def _by_causal_conv1d(x, weight, bias=None, *, history=None):
     return causal_conv1d_fn(x.contiguous().mT, weight, bias, initial_states=before, activation="silu").mT
 
 
+def _fla_conv_refuses(x, weight, bias=None, *, history=None) -> str | None:
+    return needs_triton(x, "fla")
+
+
+@causal_conv.twin("fla", _fla_conv_refuses)
+def _conv_by_fla(x, weight, bias=None, *, history=None):
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    # its state has a column more than it reads
+    before = None if history is None else F.pad(history.to(x.dtype).mT, (1, 0)).contiguous()
+    return causal_conv1d(x.contiguous(), weight.contiguous(), bias, initial_state=before, activation="silu")[0]
+
+
 @op
 def state_update(
     x: Float[Tensor, "b h p"],
@@ -92,12 +105,8 @@ def state_update(
 
 
 def _update_refuses(x, dt, A, B, C, D=None, *, state) -> str | None:
-    if not available("mamba_ssm") or not available("triton"):
-        return "the packages mamba_ssm and triton are not both installed"
-    if not x.is_cuda:
-        return f"x is on the {x.device.type}, and this kernel runs on CUDA only"
-    if x.dtype == torch.float64:
-        return "float64 is not among its dtypes"
+    if reason := needs_triton(x, "mamba_ssm"):
+        return reason
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (state, x, dt, A, B, C, D)):
         return "it has no backward, and gradients are wanted"
     return None

@@ -10,8 +10,8 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from llmlib.ops import available, op
-from llmlib.ssm.scan import require_shapes, require_time, widen
+from llmlib.ops import op
+from llmlib.ssm.scan import needs_triton, require_shapes, require_time, widen
 
 
 @op
@@ -151,16 +151,6 @@ def ssd_quadratic(x, dt, A, B, C, D=None):
     """`ssd` as attention without softmax: one t × t matrix for each head, masked by decay."""
     y = torch.einsum("bhts,bshp->bthp", ssd_matrix(dt, A, *per_head(x.shape[2], B, C)), dt[..., None] * x)
     return y if D is None else y + D[:, None] * x
-
-
-def needs_triton(x, package: str) -> str | None:
-    if not available(package):
-        return f"the package {package} is not installed"
-    if not available("triton"):
-        return "the package triton is not installed"
-    if x.dtype == torch.float64:
-        return "float64 is not among its dtypes"
-    return None if x.is_cuda else f"x is on the {x.device.type}, and this kernel runs on CUDA only"
 
 
 def _mamba_ssm_refuses(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, return_state=False):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from llmlib.errors import require
 from llmlib.norm import at_least_float32, init_linears_, undecayed
 from llmlib.ops import op
-from llmlib.ssm.duality import chunked_recurrence, chunks, needs_triton, segments
+from llmlib.ssm.duality import chunked_recurrence, chunks, segments
 from llmlib.ssm.layers import GatedRMSNorm, ShortConv, StateSpaceMixer, held, initial_dt_bias, where_valid
-from llmlib.ssm.scan import require_shapes, require_time, widen
+from llmlib.ssm.scan import needs_triton, require_shapes, require_time, widen
 
 
 def matrix_recurrence(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmlib.errors import require
 from llmlib.norm import RMSNorm, at_least_float32, init_linears_, undecayed
-from llmlib.ops import available, op
+from llmlib.ops import op
 from llmlib.position import rope
 from llmlib.ssm.duality import chunked_recurrence, per_head, require_groups, segments
 from llmlib.ssm.layers import (
@@ -22,7 +22,7 @@ from llmlib.ssm.layers import (
     require_heads,
     where_valid,
 )
-from llmlib.ssm.scan import require_shapes, require_time, widen
+from llmlib.ssm.scan import needs_triton, require_shapes, require_time, widen
 
 State = tuple[Float[Tensor, "b h a"], Float[Tensor, "b h p n"], Float[Tensor, "b h r n"], Float[Tensor, "b h r p"]]
 
@@ -150,10 +150,8 @@ def mamba3_quadratic(x, dt, A, trap, B, C, B_bias, C_bias, angles, D=None):
 
 
 def _siso_refuses(x, dt, A, trap, B, C, B_bias, C_bias, angles, D=None, **options) -> str | None:
-    if not available("mamba_ssm") or not available("triton"):
-        return "the packages mamba_ssm and triton are not both installed"
-    if not x.is_cuda:
-        return f"x is on the {x.device.type}, and this kernel runs on CUDA only"
+    if reason := needs_triton(x, "mamba_ssm"):
+        return reason
     if x.shape[3] != 1:
         return f"the rank is {x.shape[3]}, and it computes rank 1 only"
     if x.dtype != torch.bfloat16:

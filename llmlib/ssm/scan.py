@@ -42,6 +42,17 @@ def widen(*tensors: Tensor | None) -> list:
     return [t if t is None else t.to(at_least_float32(t.dtype)) for t in tensors]
 
 
+def needs_triton(x: Tensor, package: str) -> str | None:
+    """Why a Triton kernel of this package can't take x, or None."""
+    if not available(package):
+        return f"the package {package} is not installed"
+    if not available("triton"):
+        return "the package triton is not installed"
+    if x.dtype == torch.float64:
+        return "float64 is not among its dtypes"
+    return None if x.is_cuda else f"x is on the {x.device.type}, and this kernel runs on CUDA only"
+
+
 @op
 def selective_scan(
     x: Float[Tensor, "b t d"],
