@@ -6,11 +6,11 @@ other machines; the peer runs in the same process.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -141,9 +141,15 @@ def peak_bytes(t: int) -> int:
     """How far one forward and backward of attention through the switch lifts this process's largest memory."""
     q, k, v = (torch.randn(1, 8, t, 64, requires_grad=True) for _ in range(3))
     attention(q[:, :, :64], k[:, :, :64], v[:, :, :64]).sum().backward()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = largest_memory()
     attention(q, k, v).sum().backward()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return largest_memory() - before
+
+
+def largest_memory() -> int:
+    """Bytes; Linux counts them from the start of the process (getrusage would count those of its parent too)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def memory():

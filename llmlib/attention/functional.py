@@ -112,26 +112,27 @@ def _banded_why_not(q, k, v, *, causal=True, window=None, mask=None, bias=None, 
 
 @attention.twin("banded", _banded_why_not, measured="CPU")
 def banded(q, k, v, *, causal=True, window=None, mask=None, bias=None, sinks=None, softcap=None, scale=None):  # noqa: ARG001
-    """Attention under a causal window in O(t · window): a block of queries meets its block of keys and the one before.
+    """Attention under a causal window in O(t · window): each block of c queries meets the span of keys that it can see.
 
-    Blocks have c = max(window, 64) tokens, so a query's window never reaches further back than one block.
+    c = max(64, window / 4): small blocks see little beyond their windows, large ones keep a matrix product busy.
     """
     check_shapes(q, k, v, causal, window)
-    (b, h, t, d), g, e, c = q.shape, k.shape[1], v.shape[-1], max(window, 64)
+    (b, h, t, d), g, e, c = q.shape, k.shape[1], v.shape[-1], max(64, window // 4)
     scale = d**-0.5 if scale is None else scale
-    rows = h // g * c
+    back = c * -(-(window - 1) // c)  # how far a block's first query looks back, in whole blocks
     first = F.scaled_dot_product_attention(
-        q[:, :, :c], k[:, :, :c], v[:, :, :c], visible(c, c, True, window, q.device), scale=scale, enable_gqa=g < h
-    )
-    blocks = (t - 1) // c  # after the first; the last may be short, and is filled up with zeros
-    fill = (0, 0, 0, (blocks + 1) * c - t)
-    queries = F.pad(q[:, :, c:], fill).view(b, g, h // g, blocks, c, d).transpose(2, 3).reshape(b * g, blocks, rows, d)
-    # overlapping pairs of blocks, as views: nothing is copied but the padding
-    keys, values = (F.pad(x, fill).flatten(0, 1).unfold(1, 2 * c, c).transpose(2, 3) for x in (k, v))
-    allowed = visible(c, 2 * c, True, window, q.device).repeat(h // g, 1)
+        q[:, :, :back], k[:, :, :back], v[:, :, :back], visible(back, back, True, window, q.device),
+        scale=scale, enable_gqa=g < h,
+    )  # fmt: skip
+    blocks = -(-(t - back) // c)
+    fill = (0, 0, 0, back + blocks * c - t)
+    queries = F.pad(q[:, :, back:], fill).view(b, g, h // g, blocks, c, d).transpose(2, 3).reshape(b * g, blocks, -1, d)
+    # overlapping spans, as views: nothing is copied but the padding
+    keys, values = (F.pad(x, fill).flatten(0, 1).unfold(1, back + c, c).transpose(2, 3) for x in (k, v))
+    allowed = visible(c, back + c, True, window, q.device).repeat(h // g, 1)
     y = F.scaled_dot_product_attention(queries, keys, values, allowed, scale=scale)
     y = y.view(b, g, blocks, h // g, c, e).transpose(2, 3).reshape(b, h, blocks * c, e)
-    return torch.cat([first, y[:, :, : t - c]], dim=2)
+    return torch.cat([first, y[:, :, : t - back]], dim=2)
 
 
 def _sdpa_why_not(q, k, v, *, softcap=None, sinks=None, **_) -> str | None:
