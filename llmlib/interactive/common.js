@@ -73,7 +73,7 @@ const lm = (() => {
 .lm th:first-child, .lm td:first-child { text-align:left; } .lm thead th { color:var(--soft); } .lm .scroll { overflow-x:auto; }
 .lm .chart { position:relative; min-width:0; } .lm svg { display:block; width:100%; overflow:visible; font-size:12px; }
 .lm svg text { fill:var(--ink); } .lm .axis text { fill:var(--soft); font-variant-numeric:tabular-nums; } .lm .axis line, .lm .axis path { stroke:var(--line); fill:none; }
-.lm .handle { cursor:grab; touch-action:none; } .lm .handle:active { cursor:grabbing; } .lm .handle:focus { outline:none; } .lm .handle:focus-visible .halo { stroke:var(--accent); stroke-width:3; }
+.lm .handle { cursor:grab; } .lm .handle:active { cursor:grabbing; } .lm .handle:focus { outline:none; } .lm .handle:focus-visible .halo { stroke:var(--accent); stroke-width:3; }
 .lm .tip { position:absolute; pointer-events:none; z-index:3; background:var(--ink); color:var(--surface); border-radius:6px; padding:4px 8px; font-size:12.5px; line-height:1.35; max-width:260px; white-space:pre-line; transition:opacity .12s; }
 .lm .halo-text { paint-order:stroke; stroke:var(--surface); stroke-width:3.5px; stroke-linejoin:round; }
 @media (max-width:560px) { .lm input[type=text], .lm select, .lm textarea { font-size:16px; } }
@@ -297,6 +297,7 @@ const lm = (() => {
           const at = (event) => { const box = svg.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top]; };
           const moved = (event) => { const [px, py] = at(event); grip.move?.(p.x.invert(clamp(px, m.left, m.left + p.width)), p.y.invert(clamp(py, m.top, m.top + p.height))); };
           node.addEventListener("pointerdown", (event) => { event.preventDefault(); node.setPointerCapture(event.pointerId); node.focus({ preventScroll: true }); grip.held = true; });
+          node.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false }); // or the page scrolls away with the drag
           node.addEventListener("pointermove", (event) => { if (grip.held) moved(event); });
           for (const end of ["pointerup", "pointercancel"]) node.addEventListener(end, () => { grip.held = false; });
           node.addEventListener("keydown", (event) => {
@@ -309,7 +310,10 @@ const lm = (() => {
         const cross = px !== null && py !== null ? [s("circle", { cx: px, cy: py, r: 20, fill: "transparent" }), s("circle", { class: "halo", cx: px, cy: py, r: r + 3, fill: "var(--surface)", opacity: 0.9 }), s("circle", { cx: px, cy: py, r, fill: color(c) })]
           : px !== null ? [s("line", { x1: px, x2: px, y1: m.top, y2: m.top + p.height, stroke: "transparent", "stroke-width": 26 }), s("line", { class: "halo", x1: px, x2: px, y1: m.top, y2: m.top + p.height, stroke: color(c), "stroke-width": 2 }), s("circle", { cx: px, cy: m.top + p.height, r: r - 1, fill: color(c) })]
           : [s("line", { y1: py, y2: py, x1: m.left, x2: m.left + p.width, stroke: "transparent", "stroke-width": 26 }), s("line", { class: "halo", y1: py, y2: py, x1: m.left, x2: m.left + p.width, stroke: color(c), "stroke-width": 2 }), s("circle", { cy: py, cx: m.left, r: r - 1, fill: color(c) })];
-        grip.node.replaceChildren(...cross);
+        // The nodes stay: a finger whose target is taken out of the page loses its drag.
+        const kept = grip.node.children, same = kept.length === cross.length && cross.every((part, i) => part.tagName === kept[i].tagName);
+        if (same) cross.forEach((part, i) => { for (const { name: k, value } of part.attributes) kept[i].setAttribute(k, value); });
+        else grip.node.replaceChildren(...cross);
         const main = u ?? v;
         for (const [k, value] of Object.entries({ "aria-label": name, "aria-valuenow": main, "aria-valuetext": words ?? si(main), "aria-valuemin": (u === undefined ? p.y : p.x).domain[0], "aria-valuemax": (u === undefined ? p.y : p.x).domain[1] })) grip.node.setAttribute(k, value);
       },
