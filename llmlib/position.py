@@ -249,14 +249,20 @@ class RoPE:
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
     def __call__(self, start: int, like: Float[Tensor, "b h t d"], context: Context):
-        """cos and sin for the tokens of `like`: from `context.positions`, or else start, start + 1, …"""
+        """cos and sin for the tokens of `like`: from `context.positions`, or else start, start + 1, …
+
+        The layers of one pass share them through `context.shared`.
+        """
         t, dtype = like.shape[2], torch.promote_types(like.dtype, torch.float32)
-        if context.positions is not None:
-            key = "rope", self.key, dtype
-            if key not in context.shared:
-                check_positions(context.positions)
-                context.shared[key] = self.angles(context.positions, dtype)
-            return context.shared[key]
+        key = "rope", self.key, dtype, start, t
+        if key not in context.shared:
+            context.shared[key] = self._find(start, t, dtype, like, context.positions)
+        return context.shared[key]
+
+    def _find(self, start: int, t: int, dtype: torch.dtype, like: Tensor, positions: Int[Tensor, "*b t"] | None):
+        if positions is not None:
+            check_positions(positions)
+            return self.angles(positions, dtype)
         if torch.compiler.is_compiling() or type(like) is not Tensor:
             return self.angles(torch.arange(start, start + t, device=like.device), dtype)
         cos, sin = _table(self.key, max(512, 1 << (start + t - 1).bit_length()), dtype, like.device)

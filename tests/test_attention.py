@@ -412,6 +412,31 @@ def test_layers_that_share_keys_and_values():
         taker(y)
 
 
+def test_local_and_global_layers_with_two_rope_bases_and_some_without():
+    """Gemma 3's pattern beside RoPE/NoPE interleaving: a whole model, decoded, equals its full pass."""
+    from llmlib.ffn import SwiGLU
+    from llmlib.model import CausalLM, Layer, ModelConfig, spec
+
+    local, everywhere, bare = ({"rope_theta": 1e4, "window": 4}, {"rope_theta": 1e6}, {})
+    layers = tuple(
+        Layer(spec(Attention, num_heads=4, num_kv_heads=2, **options), spec(SwiGLU, d_ff=48))
+        for options in (local, local, everywhere, local, bare)
+    )
+    model = CausalLM(ModelConfig(vocab_size=60, d_model=32, layers=layers, norm=spec(RMSNorm), init_std=0.3)).double()
+    tokens, state = torch.randint(0, 60, (2, 17)), model.new_state()
+    with torch.no_grad():
+        want = model(tokens)
+        got = torch.cat([model(part, state) for part in tokens.split([6, 1, 1, 5, 1, 1, 1, 1], 1)], 1)
+    assert torch.allclose(got, want, atol=1e-5)
+    assert [s["k"].shape[2] for s in state] == [4, 4, 24, 4, 24]
+    x = torch.randn(1, 17, 32, requires_grad=True, **double)  # a window of w reaches w − 1 further back in each layer
+    y = x
+    for block in model.layers[:2]:
+        y = block(y)
+    seen = torch.autograd.grad(y[0, 12].sum(), x)[0][0].abs().sum(-1) > 0
+    assert seen.nonzero().flatten().tolist() == list(range(12 - 2 * 3, 13))
+
+
 def test_what_caches_hold():
     x = torch.randn(2, 40, 32)
     growing, ring, int8 = {}, {}, {}
