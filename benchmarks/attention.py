@@ -123,7 +123,7 @@ def modules(pairs):
         ("GeGLU", SimpleNamespace(ours=GeGLU(1024, d_ff=2816), theirs=llama.LlamaMLP(gelu)), x),
     ]
     for name, pair, inputs in layers:
-        repeats = 1 if "GLU" in name else 10
+        repeats = 5 if "Norm" in name else 1
 
         def forward(layer, inputs=inputs):
             def run():
