@@ -1,6 +1,6 @@
 """Publish the pages of `book/` without the folder: book/index.md is index.html, book/glossary.md is glossary.html."""
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from sphinx.builders.html import StandaloneHTMLBuilder
 from sphinx.search import js_index
@@ -27,6 +27,14 @@ class BookBuilder(StandaloneHTMLBuilder):
 
     def get_target_uri(self, docname: str, typ: str | None = None) -> str:
         return super().get_target_uri(docname.removeprefix(FOLDER), typ)
+
+    def finish(self) -> None:
+        """Pages that an earlier build left, and that no source makes any more, are removed."""
+        super().finish()
+        made = {Path(self.get_outfilename(name)) for name in (*self.env.found_docs, "search")}
+        for page in Path(self.outdir).rglob("*.html"):
+            if page not in made and "_static" not in page.parts:
+                page.unlink()
 
     def get_outfilename(self, pagename: str) -> str:
         return super().get_outfilename(pagename.removeprefix(FOLDER))
