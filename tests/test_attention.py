@@ -501,9 +501,11 @@ def test_qk_clip_brings_each_head_to_the_limit(num_kv_heads):
     layer.reset_parameters(0.3)
     x = torch.randn(2, 9, 32, **double)
     before = max_logits(layer, x)
-    limit = before.median().item()
+    limit, old = before.median().item(), layer.k_proj.weight.detach().clone()
     gamma = qk_clip_(layer, before, limit)
     assert torch.allclose(max_logits(layer, x), before * gamma)
+    untouched = (gamma.view(num_kv_heads, -1) == 1).all(1)  # groups of keys in which no head was too large
+    assert torch.equal((layer.k_proj.weight == old).view(num_kv_heads, -1).all(1), untouched)
     assert max_logits(layer, x).max().item() == pytest.approx(limit)
     assert (gamma == 1).any()
     assert (gamma < 1).any()
