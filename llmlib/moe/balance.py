@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
-from llmlib.moe.routing import Routing
+from llmlib.moe.routing import Routing, distribution
 
 
-def load_balancing_loss(probabilities: Float[Tensor, "*b t E"], counts: Int[Tensor, "*b E"]) -> Float[Tensor, ""]:
+def load_balancing_loss(probabilities: Float[Tensor, "*b t E"], counts: Real[Tensor, "*b E"]) -> Float[Tensor, ""]:
     """E · Σ_e f_e P_e: f_e the share of the rows that expert e got, P_e its mean probability over the tokens.
 
     It is 1 when all is even, and E when one expert takes all. f has no gradient; through P the router learns to lower
@@ -73,7 +73,7 @@ class RoutingStatistics:
     @property
     def entropy(self) -> float:
         """Mean entropy of the router's distribution over the experts, in nats: from 0 (certain) to log E."""
-        p = Routing(self.logits, None, None, None, None, self.scoring).probabilities
+        p = distribution(self.logits, self.scoring)
         return torch.special.entr(p).sum(-1).mean().item()
 
     def as_dict(self) -> dict[str, float | list[float]]:

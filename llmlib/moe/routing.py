@@ -56,7 +56,7 @@ def route(
         weights = weights.softmax(-1)
     elif norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * routed_scaling_factor, experts
+    return weights if routed_scaling_factor == 1 else weights * routed_scaling_factor, experts
 
 
 def _in_best_groups(
@@ -66,6 +66,14 @@ def _in_best_groups(
     best = groups.topk(2 if group_score == "top2" else 1, dim=-1).values.sum(-1).topk(topk_group, dim=-1).indices
     inside = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, True)
     return inside.repeat_interleave(groups.shape[-1], dim=-1)
+
+
+def distribution(logits: Float[Tensor, "*b E"], scoring: str) -> Float[Tensor, "*b E"]:
+    """softmax(logits), or the sigmoids divided by their sum (arXiv:2412.19437): what balance is measured on."""
+    if scoring != "sigmoid":
+        return logits.softmax(-1)
+    scores = logits.sigmoid()
+    return scores / scores.sum(-1, keepdim=True)
 
 
 def expert_choice(
@@ -82,7 +90,8 @@ def expert_choice(
 
 @dataclass(frozen=True)
 class Routing:
-    """Who goes where: one row for each pair of a token and an expert that takes it, sorted by expert, then by time.
+    """Who goes where: one row for each pair of a token and an expert that takes it, sorted by expert and then by time
+    (where the experts choose, by weight).
 
     logits  (t E) of the router      tokens, weights  (m) of each row      counts  (E) rows of each expert
     wanted  (E) the counts before a capacity cut some off
@@ -96,11 +105,13 @@ class Routing:
     scoring: str = "softmax"
 
     @classmethod
-    def of(cls, logits, tokens, experts, weights, scoring: str = "softmax") -> "Routing":
-        """From the token, the expert and the weight of each row, in order of time."""
-        order = experts.argsort(stable=True)
-        counts = experts.new_zeros(logits.shape[-1]).scatter_add_(0, experts, torch.ones_like(experts))
-        return cls(logits, tokens[order], weights[order], counts, counts, scoring)
+    def of(
+        cls, logits: Tensor, weights: Float[Tensor, "t k"], experts: Int[Tensor, "t k"], scoring: str = "softmax"
+    ) -> "Routing":
+        """From the weights and the experts of each token."""
+        chosen, order = experts.flatten().sort(stable=True)
+        counts = chosen.new_zeros(logits.shape[-1]).scatter_add_(0, chosen, torch.ones_like(chosen))
+        return cls(logits, order // experts.shape[-1], weights.flatten()[order], counts, counts, scoring)
 
     @property
     def experts(self) -> Int[Tensor, "m"]:
@@ -110,10 +121,7 @@ class Routing:
     @property
     def probabilities(self) -> Float[Tensor, "t E"]:
         """The router's scores as a distribution over the experts."""
-        if self.scoring != "sigmoid":
-            return self.logits.softmax(-1)
-        scores = self.logits.sigmoid()
-        return scores / scores.sum(-1, keepdim=True)
+        return distribution(self.logits, self.scoring)
 
     def limited(self, capacity: int) -> "Routing":
         """Only the first `capacity` rows of each expert; what comes later is dropped (arXiv:2101.03961).
@@ -173,6 +181,8 @@ def _require_numbers(logits: Tensor) -> None:
         return
     if logits.is_cuda:
         torch._assert_async(logits.isnan().any().logical_not(), "the router's logits hold NaN")
+        return
+    if not math.isnan(logits.detach().sum()):  # a NaN among them makes the sum NaN: the usual case ends here
         return
     bad = logits.isnan()
     require(
@@ -236,8 +246,7 @@ class TopKRouter(Router):
             spread = F.softplus(F.linear(x.to(logits.dtype), self.noise.to(logits.dtype)))
             logits = logits + spread * torch.randn_like(logits)
         weights, experts = route(logits, self.top_k, correction_bias=self.e_score_correction_bias, **self.options)
-        tokens = torch.arange(len(x), device=x.device).repeat_interleave(self.top_k)
-        return Routing.of(logits, tokens, experts.flatten(), weights.flatten(), self.scoring)
+        return Routing.of(logits, weights, experts, self.scoring)
 
 
 def _check_router(num_experts, top_k, scoring, n_group, topk_group, group_score, correction_bias) -> None:
@@ -281,5 +290,5 @@ class ExpertChoiceRouter(Router):
         logits = self.logits(x)
         capacity = math.ceil(len(x) * self.top_k / self.num_experts)
         weights, tokens = expert_choice(logits, capacity)
-        experts = torch.arange(self.num_experts, device=x.device).repeat_interleave(capacity)
-        return Routing.of(logits, tokens.flatten(), experts, weights.flatten())
+        counts = tokens.new_full((self.num_experts,), capacity)
+        return Routing(logits, tokens.flatten(), weights.flatten(), counts, counts)
