@@ -220,10 +220,10 @@ class Printer:
 
     def __init__(self, tokenizer, prompt: str, tokens: list[int], end: int | None):
         self.tokenizer, self.tokens, self.end = tokenizer, list(tokens), end
-        self.shown = tokenizer.decode(tokens)
-        sys.stdout.write(prompt)
+        self.shown, self.prompt = tokenizer.decode(tokens), prompt
 
     def __call__(self, column) -> None:
+        self._begin()
         token = column[0].item()
         if token == self.end:
             return
@@ -234,8 +234,14 @@ class Printer:
             sys.stdout.flush()
             self.shown = text
 
+    def _begin(self) -> None:
+        """Write the prompt, once the first token has come and nothing can be wrong with the request."""
+        sys.stdout.write(self.prompt)
+        self.prompt = ""
+
     def finish(self) -> None:
         """Print what was held back, and end the line."""
+        self._begin()
         print(self.tokenizer.decode(self.tokens)[len(self.shown) :])
 
 
