@@ -92,7 +92,7 @@ class SharedBlock(nn.Module):
         self.attention.reset_parameters(std=std)
 
     def forward(self, x: Float[Tensor, "b t d"], state, context: Context, use: "WithSharedBlock"):
-        y = self.input_norm(torch.cat([x, context.embeddings], -1))
+        y = self.input_norm(torch.cat((x, context.embeddings), -1))
         y = torch.func.functional_call(self.attention, use.adapted(self.attention), (y, state, context))
         y, adapter = self.ffn_norm(y), use.adapter
         gate, up = (self.gate_up_proj(y) if adapter is None else self.gate_up_proj(y) + adapter(y)).chunk(2, -1)
@@ -152,8 +152,8 @@ class WithSharedBlock(nn.Module):
     def adapted(self, attention: nn.Module) -> dict[str, Tensor]:
         """The weights of the block's attention that this use changes."""
         return {
-            f"{name}.weight": getattr(attention, name).weight + up.weight @ down.weight
-            for name, (down, up) in self.attention_adapters.items()
+            f"{name}.weight": getattr(attention, name).weight + adapter[1].weight @ adapter[0].weight
+            for name, adapter in self.attention_adapters.items()
         }
 
     def reset_parameters(self, std: float = 0.02) -> None:

@@ -49,6 +49,11 @@ class Keys:
         self.read.add(name)
         return self.data.get(name, default)
 
+    def presume(self, name: str, value) -> None:
+        """Where the file says nothing about `name`, take this family's default for it."""
+        if self.data.get(name) is None:
+            self.data[name] = value
+
     def only(self, name: str, *allowed) -> None:
         """Refuse any value of `name` but these; the first is the default."""
         value = self(name, allowed[0])

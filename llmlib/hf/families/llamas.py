@@ -105,7 +105,7 @@ def qwen2(c: Keys) -> ModelConfig:
 
 @family("qwen3", table=LLAMA | QK_NORMS, buffers=BUFFERS)
 def qwen3(c: Keys) -> ModelConfig:
-    c("head_dim", None) or c.data.__setitem__("head_dim", 128)
+    c.presume("head_dim", 128)
     mixer = spec(
         Attention,
         **heads(c, bias=c("attention_bias", False), qk_norm=spec(RMSNorm, eps=c("rms_norm_eps", 1e-6))),
@@ -139,8 +139,8 @@ def gemma(c: Keys, layers, cap: float | None) -> ModelConfig:
 @family("gemma2", table=SANDWICH, buffers=BUFFERS)
 def gemma2(c: Keys) -> ModelConfig:
     c.ignore("hidden_act")
-    c.data.setdefault("layer_types", ["sliding_attention", "full_attention"] * c("num_hidden_layers"))
-    c("head_dim", None) or c.data.__setitem__("head_dim", 256)
+    c.presume("layer_types", ["sliding_attention", "full_attention"] * c("num_hidden_layers"))
+    c.presume("head_dim", 256)
     mixer = gemma_attention(c, softcap=c.nullable("attn_logit_softcapping", 50.0), **rotary(c, head_width(c)))
     ffn = gated(c, "hidden_activation", "gelu_pytorch_tanh")
     sizes = windows(c, 4096)[: c("num_hidden_layers")]
@@ -153,7 +153,7 @@ def gemma3(c: Keys) -> ModelConfig:
     count = c("num_hidden_layers")
     every = c("sliding_window_pattern", 6, also=("_sliding_window_pattern",))
     kinds = c("layer_types", ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)])
-    c("head_dim", None) or c.data.__setitem__("head_dim", 256)
+    c.presume("head_dim", 256)
     turns = {"full_attention": rotary(c, head_width(c), theta=1e6, layer_type="full_attention")}
     if "sliding_attention" in (c("rope_parameters", {})):
         turns["sliding_attention"] = rotary(c, head_width(c), layer_type="sliding_attention")

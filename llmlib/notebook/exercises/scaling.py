@@ -105,12 +105,12 @@ def serving(size) -> None:
     law = LAWS["epoch"]
     loss = law.best_loss(1e22)
     for served in (0, 1e11, 1e13):
-        N, right = _number(size(law, loss, served), "N"), inference_aware(law, loss, served)
+        N, (best_N, best_D) = _number(size(law, loss, served), "N"), inference_aware(law, loss, served)
         D = law.tokens_for(N, loss)
         if not math.isfinite(D):
             wrong(f"with {served:g} tokens served its model of {N:.3g} parameters can't reach the loss on any data")
-        if lifetime_flops(N, D, served) > lifetime_flops(*right, served) * (1 + 1e-4):
-            extra = lifetime_flops(N, D, served) / lifetime_flops(*right, served) - 1
+        extra = lifetime_flops(N, D, served) / lifetime_flops(best_N, best_D, served) - 1
+        if extra > 1e-4:
             wrong(f"with {served:g} tokens served its lifetime costs {extra:.1%} more than it has to")
 
 
