@@ -40,8 +40,8 @@ def python(code: str) -> float:
 
 def imports() -> None:
     """Interleaved pairs, so that a busy machine weighs on both alike."""
-    pairs = [(python("import torch, llmlib, llmlib.model"), python("import torch")) for _ in range(7)]
-    report("import llmlib and its model, beyond torch", median(a - b for a, b in pairs), "s", 0.5)
+    pairs = [(python("import torch, llmlib, llmlib.model, llmlib.attention"), python("import torch")) for _ in range(7)]
+    report("import llmlib, its model and attention, beyond torch", median(a - b for a, b in pairs), "s", 0.5)
     report("import llmlib.scaling, whole process", median(python("import llmlib.scaling") for _ in range(7)), "s", 0.5)
 
 

@@ -33,12 +33,15 @@ _log: "list[Choice] | None" = None
 _meter: Callable | None = None
 
 
-@torch.compiler.assume_constant_result
 def available(module: str) -> bool:
     """Whether `module` can be imported here; found by a look at the path, without importing it."""
     if module not in _found:
         _found[module] = importlib.util.find_spec(module) is not None
     return _found[module]
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes as long as torch's.
+available._dynamo_marked_constant = True
 
 
 @dataclass(frozen=True)
