@@ -28,6 +28,7 @@ AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
 SETTLED = """async () => {
   await document.fonts.ready;
   if (window.MathJax?.startup) await MathJax.startup.promise;
+  await new Promise(requestAnimationFrame);
 }"""
 PROSE = """() => {
   const copy = document.body.cloneNode(true);
@@ -216,7 +217,8 @@ def test_search_finds_and_its_results_open(browser, address):
         assert found
         for href in found:
             assert (HTML / urlparse(urljoin(f"/{SUBPATH}/", href)).path.removeprefix(f"/{SUBPATH}/")).is_file(), href
-        assert not visit.problems
+        # Sphinx looks for the anchor of a module without escaping its dots, and says so
+        assert not [said for said in visit.problems if "Anchored content block" not in said]
 
 
 def test_the_mode_switch_changes_the_page(browser, address):

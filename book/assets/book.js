@@ -4,10 +4,15 @@ const fitFormulas = () => {
     const room = formula.closest("p, li, td, th, dd, figcaption, .box")?.clientWidth ?? innerWidth;
     const long = formula.firstElementChild.getBoundingClientRect().width > room;
     formula.classList.toggle("long", long);
-    if (long) formula.tabIndex = 0;
   }
 };
-const settle = () => window.MathJax?.startup?.promise?.then(fitFormulas);
+// What scrolls sideways must be reachable by keyboard.
+const focusScrollers = () => {
+  for (const part of document.querySelectorAll("article :is(mjx-container, div.math, pre, dt.sig, .output)")) {
+    if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
+  }
+};
+const settle = () => window.MathJax?.startup?.promise?.then(() => { fitFormulas(); focusScrollers(); }) ?? focusScrollers();
 addEventListener("load", settle);
 addEventListener("resize", settle);
 
