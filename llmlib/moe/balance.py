@@ -39,7 +39,7 @@ def max_violation(counts: Tensor) -> float:
     return (counts.max() / counts.mean() - 1).item()
 
 
-@dataclass(frozen=True)
+@dataclass
 class RoutingStatistics:
     """What one forward pass of a MoE did; the figures are computed when they are asked for.
 

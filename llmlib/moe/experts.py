@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmlib.errors import require
-from llmlib.moe.routing import _expert_of_rows, autocast_dtype
+from llmlib.moe.routing import autocast_dtype, expert_of_rows
 from llmlib.ops import op
 
 
@@ -31,7 +31,7 @@ def expert_linear(
 
 @expert_linear.check
 def _check(x, weight, counts, bias=None) -> None:  # noqa: ARG001
-    if len(counts) == len(weight) and x.shape[-1] == weight.shape[-1]:
+    if counts.shape[0] == weight.shape[0] and x.shape[-1] == weight.shape[-1]:
         return
     require(
         len(counts) == len(weight),
@@ -60,11 +60,12 @@ def _segments_why_not(x, weight, counts, bias=None) -> str | None:
 def _segments(x, weight, counts, bias=None):
     if torch.compiler.is_compiling():
         return _opaque_segments(x, weight, counts, bias)
-    return _Segments.apply(x, weight, bias, _sizes(counts, len(x)))
+    sizes = _sizes(counts, x.shape[0])
+    return _Segments.apply(x, weight, bias, sizes) if torch.is_grad_enabled() else _multiply(x, weight, bias, sizes)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
-    y = x.new_empty(len(x), weight.shape[1])
+    y = x.new_empty(x.shape[0], weight.shape[1])
     for e, rows in _busy(sizes):
         if bias is None:
             torch.mm(x[rows], weight[e].T, out=y[rows])
@@ -168,7 +169,7 @@ def _grouped_mm_why_not(x, weight, counts, bias=None) -> str | None:  # noqa: AR
 def _grouped_mm(x, weight, counts, bias=None):
     y = F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
     y = _ContiguousGradient.apply(y)
-    return y if bias is None else y + bias[_expert_of_rows(counts, len(x))]
+    return y if bias is None else y + bias[expert_of_rows(counts, len(x))]
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -188,32 +189,38 @@ def _dense(x, weight, counts, bias=None):
     every = torch.einsum("md,efd->mef", x, weight)
     if bias is not None:
         every = every + bias
-    mine = F.one_hot(_expert_of_rows(counts, len(x)), len(weight)).to(every.dtype)
+    mine = F.one_hot(expert_of_rows(counts, len(x)), len(weight)).to(every.dtype)
     return torch.einsum("mef,me->mf", every, mine)
 
 
-class StackedLinear(nn.Linear):
-    """num_experts linear maps of one shape as one parameter, weight (E f d); `counts` says whose the rows are."""
+class Shift:
+    """Whose the rows are that the linear maps of a stack are about to see: `counts` (E) of them for each expert."""
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool):
+    counts: Tensor | None = None
+
+
+class StackedLinear(nn.Linear):
+    """num_experts linear maps of one shape as one parameter, weight (E f d); all maps of a stack share a `Shift`."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool, shift: Shift):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
-        self.counts: Tensor | None = None
+        self.shift = shift
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)} × ({self.in_features} → {self.out_features}), bias={self.bias is not None}"
 
     def forward(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "m f"]:
         x, weight, bias = _as_autocast(x, self.weight, self.bias)
-        return expert_linear(x, weight, self.counts, bias)
+        return expert_linear(x, weight, self.shift.counts, bias)
 
 
 def _as_autocast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     """Inputs in the dtype that autocast gives to a linear map: neither grouped_mm nor an `out=` product asks it."""
     dtype = autocast_dtype(x)
-    return [p if p is None or dtype is None else p.to(dtype) for p in (x, *parameters)]
+    return [p if dtype is None or p is None else p.to(dtype) for p in (x, *parameters)]
 
 
 def stack_experts(expert: Callable[[int], nn.Module], d_model: int, num_experts: int) -> nn.Module:
@@ -224,11 +231,12 @@ def stack_experts(expert: Callable[[int], nn.Module], d_model: int, num_experts:
     """
     with torch.device("meta"):
         experts = expert(d_model)
+    experts.shift = Shift()
     for parent in list(experts.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 sizes = num_experts, child.in_features, child.out_features
-                setattr(parent, name, StackedLinear(*sizes, bias=child.bias is not None))
+                setattr(parent, name, StackedLinear(*sizes, child.bias is not None, experts.shift))
     stacked = {id(p) for m in experts.modules() if isinstance(m, StackedLinear) for p in m.parameters()}
     left = [name for name, p in experts.named_parameters() if id(p) not in stacked]
     require(
@@ -241,7 +249,5 @@ def stack_experts(expert: Callable[[int], nn.Module], d_model: int, num_experts:
 
 def run_experts(experts: nn.Module, rows: Float[Tensor, "m d"], counts: Int[Tensor, "E"]) -> Float[Tensor, "m d"]:
     """Each row through its own expert; the rows are sorted by expert, `counts` of them for each."""
-    for linear in experts.modules():
-        if isinstance(linear, StackedLinear):
-            linear.counts = counts
+    experts.shift.counts = counts
     return experts(rows)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llmlib.errors import require
 from llmlib.moe.balance import RoutingStatistics, load_balancing_loss, move_bias_, router_z_loss
 from llmlib.moe.experts import run_experts, stack_experts
-from llmlib.moe.routing import Routing, TopKRouter
+from llmlib.moe.routing import Routing, TopKRouter, count
 
 BALANCE_OVER = ("batch", "sequence")
 
@@ -110,14 +110,12 @@ class MoE(nn.Module):
         return {**self.__dict__, "auxiliary_loss": None, "statistics": None}
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        self.auxiliary_loss = self.statistics = None
         tokens = x.flatten(0, 1)
         routing = self.router(tokens)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is not None and not x.is_meta:
-            routing = routing.limited(math.ceil(factor * len(tokens) * self.top_k / self.num_experts))
-        if len(tokens):
-            self._take_note(routing, x.shape[0])
+            routing = routing.limited(math.ceil(factor * tokens.shape[0] * self.top_k / self.num_experts))
+        self.statistics, self.auxiliary_loss = self._notes(routing, x.shape[0])
         y = self._routed(tokens, routing)
         if self.shared_experts is not None:
             y = y + self._shared(tokens)
@@ -128,32 +126,38 @@ class MoE(nn.Module):
         rows = x.index_select(0, routing.tokens)
         run = run_experts if self.exchange is None else self.exchange
         rows = run(self.experts, rows, routing.counts) * routing.weights[:, None]
-        y = rows.new_zeros(len(tokens), rows.shape[-1]).index_add(0, routing.tokens, rows).to(x.dtype)
+        if tokens.shape[0] == 1:
+            y = rows.sum(0, keepdim=True)
+        else:
+            y = rows.new_zeros(tokens.shape[0], rows.shape[-1]).index_add(0, routing.tokens, rows)
+        y = y.to(x.dtype)
         return y if self.latent_out_proj is None else self.latent_out_proj(y)
 
     def _shared(self, tokens: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
         y = self.shared_experts(tokens)
         return y if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid() * y
 
-    def _take_note(self, routing: Routing, batch: int) -> None:
-        self.statistics = RoutingStatistics.of(routing)
+    def _notes(self, routing: Routing, batch: int) -> tuple[RoutingStatistics | None, Tensor | None]:
+        """What the pass leaves behind: statistics, and the auxiliary loss where there are gradients."""
+        if routing.logits.shape[0] == 0:
+            return None, None
         if self.training and self.bias_update_rate:
             self.load += routing.wanted
-        if not torch.is_grad_enabled():
-            return
+        return RoutingStatistics.of(routing), self._losses(routing, batch) if torch.is_grad_enabled() else None
+
+    def _losses(self, routing: Routing, batch: int) -> Tensor | None:
         terms = []
         if self.load_balance_alpha:
             terms.append(self.load_balance_alpha * self._balance_loss(routing, batch))
         if self.z_loss_weight:
             terms.append(self.z_loss_weight * router_z_loss(routing.logits))
-        self.auxiliary_loss = sum(terms) if terms else None
+        return sum(terms) if terms else None
 
     def _balance_loss(self, routing: Routing, batch: int) -> Float[Tensor, ""]:
         if self.balance_over == "batch":
             return load_balancing_loss(routing.probabilities, routing.wanted)
         time = len(routing.logits) // batch
-        places = routing.tokens // time * self.num_experts + routing.experts
-        counts = places.new_zeros(batch * self.num_experts).scatter_add_(0, places, torch.ones_like(places))
+        counts = count(routing.tokens // time * self.num_experts + routing.experts, batch * self.num_experts)
         return load_balancing_loss(routing.probabilities.unflatten(0, (batch, time)), counts.view(batch, -1))
 
     @torch.no_grad()

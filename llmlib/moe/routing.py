@@ -88,7 +88,7 @@ def expert_choice(
     return weights, tokens
 
 
-@dataclass(frozen=True)
+@dataclass
 class Routing:
     """Who goes where: one row for each pair of a token and an expert that takes it, sorted by expert and then by time
     (where the experts choose, by weight).
@@ -110,13 +110,13 @@ class Routing:
     ) -> "Routing":
         """From the weights and the experts of each token."""
         chosen, order = experts.flatten().sort(stable=True)
-        counts = chosen.new_zeros(logits.shape[-1]).scatter_add_(0, chosen, torch.ones_like(chosen))
+        counts = count(chosen, logits.shape[-1])
         return cls(logits, order // experts.shape[-1], weights.flatten()[order], counts, counts, scoring)
 
     @property
     def experts(self) -> Int[Tensor, "m"]:
         """The expert of each row."""
-        return _expert_of_rows(self.counts, len(self.tokens))
+        return expert_of_rows(self.counts, len(self.tokens))
 
     @property
     def probabilities(self) -> Float[Tensor, "t E"]:
@@ -137,7 +137,14 @@ class Routing:
         )
 
 
-def _expert_of_rows(counts: Int[Tensor, "E"], rows: int) -> Int[Tensor, "m"]:
+def count(chosen: Int[Tensor, "m"], num_experts: int) -> Int[Tensor, "E"]:
+    """How often each expert was chosen; bincount is quicker, but a GPU would have to be waited for."""
+    if chosen.device.type == "cpu" and not torch.compiler.is_compiling():
+        return chosen.bincount(minlength=num_experts)
+    return chosen.new_zeros(num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
+
+
+def expert_of_rows(counts: Int[Tensor, "E"], rows: int) -> Int[Tensor, "m"]:
     experts = torch.arange(len(counts), device=counts.device)
     return experts.repeat_interleave(counts, output_size=rows)
 
