@@ -42,7 +42,13 @@ def test_logits_equal_the_reference(case, checkpoints):
         assert_same_logits(mine(tokens(t=t)), theirs(tokens(t=t)).logits)
 
 
-@pytest.mark.parametrize("case", families.CASES)
+# Dynamic NTK changes the base as a text grows. A layer's old keys can be turned anew, and are, but they were made from
+# what the layer below said under the old base: above one layer no cache can equal the full forward beyond the original
+# length, here or in transformers, whose cache keeps the old turn too and so differs from both.
+CACHED = [case for case in families.CASES if case != "llama-dynamic"]
+
+
+@pytest.mark.parametrize("case", CACHED)
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_forward(case, checkpoints):
     mine = load(families.saved(case, checkpoints)[1])
@@ -51,9 +57,7 @@ def test_cached_decoding_equals_the_full_forward(case, checkpoints):
     assert_same_logits(torch.cat(pieces, 1)[:, -1:], mine(tokens())[:, -1:])
 
 
-# With dynamic NTK transformers keeps old keys turned by the old base, so that its own cached decoding differs from its
-# own full forward; llmlib's cached decoding equals the full forward there too.
-@pytest.mark.parametrize("case", [case for case in families.CASES if case != "llama-dynamic"])
+@pytest.mark.parametrize("case", CACHED)
 @torch.no_grad()
 def test_greedy_generation_is_the_references(case, checkpoints):
     theirs, folder = families.saved(case, checkpoints)
@@ -93,6 +97,13 @@ def shard(folder):
 
 def test_every_family_has_a_case():
     assert {kind for kind, _ in families.CASES.values()} == set(FAMILIES)
+
+
+@torch.no_grad()
+def test_dynamic_scaling_decodes_like_the_reference_within_its_original_length(checkpoints):
+    theirs, folder = families.saved("llama-dynamic", checkpoints)
+    expected = theirs.generate(tokens(1, 6), max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(load(folder).generate(tokens(1, 6), 10), expected)
 
 
 @torch.no_grad()
@@ -304,6 +315,7 @@ def peak():
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
+llmlib.load(llmlib.__path__[0] + "/book_model")  # what torch imports at first use is not the model's
 before = peak()
 model = llmlib.load(sys.argv[1])
 print(peak() - before, model.num_parameters())
