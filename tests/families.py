@@ -86,7 +86,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "qwen2-windows": ("qwen2", LLAMA | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     "qwen3": ("qwen3", LLAMA | {"head_dim": 12}),
     "qwen3-biases": ("qwen3", LLAMA | {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
-    "gemma2": ("gemma2", GEMMA | {"query_pre_attn_scalar": 20}),
+    "gemma2": ("gemma2", GEMMA | {"query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0}),
     "gemma2-uncapped": ("gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma3": ("gemma3_text", GEMMA | {"num_hidden_layers": 7, "query_pre_attn_scalar": 20}),
     "gemma3-scaled": (
@@ -130,7 +130,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "deepseek_v2": ("deepseek_v2", DEEPSEEK),
     "deepseek_v2-grouped": (
         "deepseek_v2",
-        DEEPSEEK | {"topk_method": "group_limited_greedy", "q_lora_rank": None, "routed_scaling_factor": 3.0,
+        DEEPSEEK | {"topk_method": "group_limited_greedy", "topk_group": 1, "q_lora_rank": None, "routed_scaling_factor": 3.0,
                     "attention_bias": True},
     ),
     "deepseek_v3": ("deepseek_v3", DEEPSEEK),

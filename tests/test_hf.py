@@ -338,3 +338,53 @@ def test_saved_files_really_have_the_names_in_the_tables(checkpoints):
     """Guards the harness: what transformers saves is what the hub has, one tensor for each expert of Mixtral."""
     with safe_open(families.saved("mixtral", checkpoints)[1] / "model.safetensors", framework="pt") as file:
         assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in set(file.keys())
+
+
+# Each feature of a case, switched off by one key of its config: if the logits stayed, the case wouldn't test it.
+FEATURES = [
+    ("gpt2", {"scale_attn_weights": False}), ("gpt2", {"activation_function": "relu"}),
+    ("gpt2", {"layer_norm_epsilon": 0.1}), ("gpt2-scaled-by-layer", {"scale_attn_by_inverse_layer_idx": False}),
+    ("falcon-7b-style", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    ("falcon-rw-style", {"alibi": False}), ("falcon-rw-style", {"activation": "relu"}),
+    ("llama", {"rms_norm_eps": 0.1}), ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    ("llama", {"hidden_act": "gelu"}),
+    *[(case, {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}})
+      for case in ("llama-yarn", "llama-linear", "llama-dynamic")],
+    ("llama-3.1-scaling", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    ("mistral", {"sliding_window": 100}), ("qwen2-windows", {"layer_types": ["full_attention"] * 3}),
+    ("gemma2", {"attn_logit_softcapping": 1000.0}), ("gemma2", {"final_logit_softcapping": 1000.0}),
+    ("gemma2", {"sliding_window": 100}), ("gemma2", {"query_pre_attn_scalar": 5}),
+    ("gemma2", {"hidden_activation": "silu"}), ("gemma3", {"sliding_window": 100}),
+    ("gemma3", {"layer_types": ["full_attention"] * 7}),
+    ("gemma3-scaled", {"rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 900.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 8.0}}}),
+    ("phi", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}),
+    ("gpt_neox", {"use_parallel_residual": False}), ("gpt_neox", {"hidden_act": "relu"}),
+    ("mpt-clipped", {"attn_config": {"softmax_scale": 0.2}}), ("mpt-clipped", {"attn_config": {"clip_qkv": 0.5}}),
+    ("granite", {"embedding_multiplier": 1.0}), ("granite", {"attention_multiplier": 1.0}),
+    ("granite", {"residual_multiplier": 1.0}), ("granite", {"logits_scaling": 1.0}),
+    ("mixtral", {"num_experts_per_tok": 1}), ("mixtral-window", {"sliding_window": 100}),
+    ("qwen3_moe-mixed", {"norm_topk_prob": False}), ("olmoe", {"norm_topk_prob": False}),
+    ("olmoe-clipped", {"clip_qkv": 100.0}), ("deepseek_v2-grouped", {"routed_scaling_factor": 1.0}),
+    ("deepseek_v2-grouped", {"topk_method": "greedy"}), ("deepseek_v3", {"topk_group": 3}),
+    ("deepseek_v3", {"norm_topk_prob": False}), ("deepseek_v3", {"rope_interleave": False}),
+    ("deepseek_v3-yarn", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+    ("gpt_oss", {"swiglu_limit": 0.5}), ("gpt_oss", {"swiglu_alpha": 1.0}), ("gpt_oss", {"sliding_window": 100}),
+    ("mamba", {"layer_norm_epsilon": 0.1}), ("falcon_mamba", {"mixer_rms_eps": 0.5}),
+    ("mamba2-limits", {"time_step_limit": [0.0, 100.0]}), ("mamba2", {"n_groups": 2, "layer_norm_epsilon": 0.1}),
+    ("jamba", {"rms_norm_eps": 0.1}), ("bamba", {"time_step_limit": [0.3, 0.4]}),
+    ("granitemoehybrid", {"position_embedding_type": "rope"}),
+    ("granitemoehybrid-dense-rope", {"position_embedding_type": "nope"}),
+    ("granitemoehybrid", {"num_experts_per_tok": 1}), ("nemotron_h", {"routed_scaling_factor": 1.0}),
+    ("nemotron_h", {"time_step_min": 0.6}), ("nemotron_h", {"mlp_hidden_act": "silu"}),
+    ("zamba2", {"hidden_act": "relu"}), ("zamba2-two-blocks", {"use_mem_rope": False}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "changes"), FEATURES, ids=lambda x: x if isinstance(x, str) else ",".join(x))
+@torch.no_grad()
+def test_each_feature_of_a_case_matters(case, changes, checkpoints, tmp_path):
+    on = load(families.saved(case, checkpoints)[1])(tokens())
+    off = load(copied(checkpoints, tmp_path, case, **changes))(tokens())
+    assert (on - off).abs().max() / on.std() > 1e-2
