@@ -130,8 +130,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "deepseek_v2": ("deepseek_v2", DEEPSEEK),
     "deepseek_v2-grouped": (
         "deepseek_v2",
-        DEEPSEEK | {"topk_method": "group_limited_greedy", "topk_group": 1, "q_lora_rank": None, "routed_scaling_factor": 3.0,
-                    "attention_bias": True},
+        DEEPSEEK | {"topk_method": "group_limited_greedy", "topk_group": 1, "q_lora_rank": None,
+                    "routed_scaling_factor": 3.0, "attention_bias": True},
     ),
     "deepseek_v3": ("deepseek_v3", DEEPSEEK),
     "deepseek_v3-yarn": (
