@@ -199,6 +199,7 @@ def test_a_chapter_has_what_readers_use(path, browser, address):
         assert page.locator("a.citation-link").count() >= 3
         page.emulate_media(media="print")
         assert not page.locator(".bd-sidebar-primary").is_visible()
+        assert page.locator("article h1").is_visible()
 
 
 def test_citations_lead_to_entries_that_lead_to_papers(browser, address):
