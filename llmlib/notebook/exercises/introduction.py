@@ -82,9 +82,7 @@ def nucleus(cut) -> None:
     for top_p, keep in ((0.3, [1]), (0.5, [1, 4]), (0.9, [1, 2, 4]), (1.0, [0, 1, 2, 3, 4])):
         got = cut(logits, top_p)
         if got.shape != p.shape:
-            wrong(
-                f"{len(p)} logits should give {len(p)} probabilities, zero where cut, not {tuple(got.shape)}"
-            )
+            wrong(f"{len(p)} logits should give {len(p)} probabilities, zero where cut, not {tuple(got.shape)}")
         kept = got.nonzero().flatten().tolist()
         if kept != keep:
             wrong(f"for p = {top_p} and probabilities {[round(v, 2) for v in p.tolist()]} you keep tokens {kept}: "
