@@ -70,6 +70,7 @@ class Visit:
     def __init__(self, browser, url: str, **options):
         self.context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
         self.page = self.context.new_page()
+        self.page.set_default_timeout(180_000)  # a busy machine is no fault of a page
         self.problems, self.asked, self.bodies = [], [], {}
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.on("response", self.keep)
