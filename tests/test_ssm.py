@@ -11,9 +11,19 @@ from llmlib import ssm
 from llmlib.ops import OPS, kernels
 
 torch.set_num_threads(1)
+CHUNKED = next(t.run for t in ssm.selective_scan.twins if t.name == "chunked")
+
+
+def in_small_pieces(*args, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmlib.ssm.scan._PIECE", 40)
+        return CHUNKED(*args, **options)
+
+
 SELECTIVE = {
     "reference": ssm.selective_scan.reference,
-    "chunked": next(t.run for t in ssm.selective_scan.twins if t.name == "chunked"),
+    "chunked": CHUNKED,
+    "in small pieces": in_small_pieces,
     "parallel": ssm.selective_scan_parallel,
     "matrix": ssm.selective_scan_matrix,
 }

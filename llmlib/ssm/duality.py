@@ -43,7 +43,7 @@ def ssd(
     q, k, v = C.unsqueeze(3), B.unsqueeze(3), (u * dt.unsqueeze(-1)).unsqueeze(3)
     y, state = chunked_recurrence(q, k, v, dt * A, chunk_size=chunk_size, state=initial_state)
     y = y.squeeze(3)
-    y = (y if D is None else y + D[:, None] * u).to(x.dtype)
+    y = (y if D is None else torch.addcmul(y, D[:, None], u)).to(x.dtype)
     return (y, state) if return_state else y
 
 
@@ -72,7 +72,7 @@ def chunked_recurrence(
     v = rearrange(v, "b z c (g i) m p -> b z g (c m) i p", g=g)
     since = rearrange(since, "b z c (g i) -> b z g i c", g=g).cumsum(-1)
 
-    decay = segments(since).exp()[..., :, None, :, None]
+    decay = segments(since).exp_()[..., :, None, :, None]
     within = (decay * (q @ k.mT).view(*q.shape[:3], 1, size, r, size, m)).flatten(-2).flatten(-3, -2)
     y = (within @ v.transpose(3, 4)).transpose(3, 4)
 
@@ -81,13 +81,13 @@ def chunked_recurrence(
     state = v.new_zeros(len(v), h, p, n) if state is None else state.to(v.dtype)
     state = rearrange(state, "b (g i) p n -> b g n (i p)", g=g)
     across = repeat(since[..., -1].exp(), "b z g i -> b z g 1 (i p)", p=p)
-    before = []
-    for decay, new in zip(across.unbind(1), added.unbind(1), strict=True):
-        before.append(state)
-        state = decay * state + new
-    carried = (q @ torch.stack(before, 1)).unflatten(-1, (-1, p))
-    y = y + carried * repeat(since.exp(), "b z g i c -> b z g (c r) i 1", r=r)
+    since = repeat(since.exp(), "b z g i c -> b z g (c r) i 1", r=r)
+    ys = []
+    for q_z, y_z, since_z, decay, new in zip(*(w.unbind(1) for w in (q, y, since, across, added)), strict=True):
+        ys.append(torch.addcmul(y_z, (q_z @ state).unflatten(-1, (-1, p)), since_z))
+        state = torch.addcmul(new, decay, state)
 
+    y = torch.stack(ys, 1)
     y = rearrange(y, "b z g (c r) i p -> b (z c) (g i) r p", r=r)[:, :t]
     return y, rearrange(state, "b g n (i p) -> b (g i) p n", p=p)
 
@@ -102,7 +102,7 @@ def chunks(x: Float[Tensor, "b t *rest"], size: int) -> Float[Tensor, "b z c *re
 def segments(since: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c c"]:
     """since[i] − since[j] where j ≤ i, and −∞ above the diagonal: masked before exp, or its gradient would be NaN."""
     future = torch.ones(since.shape[-1], since.shape[-1], dtype=torch.bool, device=since.device).triu(1)
-    return (since.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill(future, -torch.inf)
+    return (since.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill_(future, -torch.inf)
 
 
 @ssd.check
