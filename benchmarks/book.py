@@ -77,7 +77,7 @@ def weight() -> None:
     from browser import launched
 
     with launched() as browser:
-        for page in sorted(html.rglob("*.html")):
+        for page in sorted(page for page in html.rglob("*.html") if "_static" not in page.parts):
             tab = browser.new_page(viewport={"width": 1280, "height": 900})
             bodies = []
             tab.on("requestfinished", lambda request, bodies=bodies: bodies.append(request.url))

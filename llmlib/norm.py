@@ -55,6 +55,50 @@ def _torch_why_not(x, weight=None, bias=None, *, eps=None) -> str | None:
     return None
 
 
+def _closed_form_why_not(x, weight=None, *, eps=None) -> str | None:
+    if x.device.type != "cpu":
+        return "on a GPU torch's own kernel has a fused backward"
+    if not (torch.is_grad_enabled() and weight is not None and (x.requires_grad or weight.requires_grad)):
+        return "there is no backward, or no gain, and torch's own forward is as fast"
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"it sums in the type of x, and {x.dtype} is too narrow for that"
+    return _torch_why_not(x, weight) or (None if x.numel() >= 2**15 else "x is so small that the call itself decides")
+
+
+@rms_norm.twin("closed-form", _closed_form_why_not, measured="CPU, see benchmarks/attention.py")
+def _closed_form(x, weight=None, *, eps=1e-6):
+    return ClosedFormRMSNorm.apply(x, weight, eps)
+
+
+class ClosedFormRMSNorm(torch.autograd.Function):
+    """RMSNorm whose backward is one formula. With x̂ = x / rms and g = w ⊙ dy: dx = (g − x̂ mean(g ⊙ x̂)) / rms.
+
+    dw = Σ dy ⊙ x̂. On a CPU, torch's own backward walks through every step of the definition.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, eps):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # noqa: ARG004
+        x, weight, ctx.eps = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        d = x.shape[-1]
+        # 1 / rms is made again from x rather than kept, so that this formula has a right derivative of its own
+        inverse = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / d + ctx.eps)
+        normed = x * inverse
+        product = dy * normed
+        along = (product @ weight)[..., None] / d
+        return torch.addcmul(dy * weight, normed, along, value=-1) * inverse, product.flatten(0, -2).sum(0), None
+
+
 @rms_norm.twin("torch", _torch_why_not, measured="CPU")
 def _torch_rms_norm(x, weight=None, *, eps=1e-6):
     return F.rms_norm(x, x.shape[-1:], weight, eps)

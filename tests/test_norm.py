@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from llmlib.errors import ConfigError
-from llmlib.norm import DyT, LayerNorm, RMSNorm, deepnorm, deepnorm_encoder, fold_gain_, layer_norm, rms_norm
+from llmlib.norm import (
+    ClosedFormRMSNorm,
+    DyT,
+    LayerNorm,
+    RMSNorm,
+    deepnorm,
+    deepnorm_encoder,
+    fold_gain_,
+    layer_norm,
+    rms_norm,
+)
 from llmlib.ops import kernels
 
 torch.set_num_threads(1)
@@ -76,6 +86,15 @@ def test_the_unit_offset_survives_bfloat16():
     exact = x.double() / x.double().square().mean(-1, keepdim=True).sqrt() * (1 + 2.0**-9)
     assert norm(x).dtype is torch.bfloat16
     assert (norm(x) == exact.bfloat16()).double().mean() > 0.99
+
+
+def test_the_closed_form_has_derivatives_of_any_order():
+    x, w = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
+    inputs = (x, w.requires_grad_(), 1e-3)
+    assert torch.autograd.gradcheck(ClosedFormRMSNorm.apply, inputs)
+    assert torch.autograd.gradgradcheck(ClosedFormRMSNorm.apply, inputs)
+    jacobian = torch.func.jacrev(lambda x: ClosedFormRMSNorm.apply(x, w, 1e-3))(x)
+    assert torch.allclose(jacobian, torch.func.jacrev(lambda x: rms_norm.reference(x, w, eps=1e-3))(x))
 
 
 def test_dyt_is_its_formula_and_starts_at_tanh():

@@ -36,11 +36,20 @@ EXAMPLES = load_examples()
 PAIRS = [(op.name, twin.name) for op in OPS.values() for twin in op.twins]
 
 
+def leaves(args, kwargs):
+    """Copies whose floating-point tensors ask for gradients: a twin may refuse inputs that don't."""
+
+    def leaf(x):
+        return x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    return tuple(map(leaf, args)), {name: leaf(x) for name, x in kwargs.items()}
+
+
 def run(function, args, kwargs):
     """Outputs and the gradients of a fixed weighted sum of them with respect to every floating-point input."""
+    args, kwargs = leaves(args, kwargs)
     flat = [*args, *kwargs.values()]
-    flat = [x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in flat]
-    y = function(*flat[: len(args)], **dict(zip(kwargs, flat[len(args) :], strict=True)))
+    y = function(*args, **kwargs)
     outputs = [x for x in (y if isinstance(y, tuple | list) else [y]) if isinstance(x, torch.Tensor)]
     generator = torch.Generator().manual_seed(2**20)
     loss = sum((x.double() * torch.randn(x.shape, generator=generator).to(x.device)).sum() for x in outputs)
@@ -75,7 +84,7 @@ def test_a_twin_equals_its_reference(op, twin, dtype, device):
     reasons, compared = [], 0
     for i, example in enumerate(EXAMPLES.get(op.name, [])):
         torch.manual_seed(i)
-        args, kwargs = example(dtype, device)
+        args, kwargs = leaves(*example(dtype, device))
         if reason := twin.why_not(*args, **kwargs):
             reasons.append(reason)
             continue

@@ -239,7 +239,7 @@ def _over_width(weights: Float[Tensor, "t b d"], states: Float[Tensor, "t b n d"
     return flat.view(*states.shape[:2], -1)
 
 
-_PIECE = 2**18  # numbers in one tensor of states: four such tensors fit in the cache of one core
+_PIECE = 2**19  # numbers in one tensor of states: four of them are 8 MB, which stays in a cache
 
 
 def _pieces(x: Float[Tensor, "t b d"], A: Float[Tensor, "n d"]):

@@ -24,6 +24,12 @@ def heads(dtype, device):
 
 
 EXAMPLES = {
-    "rms_norm": [rows(4, 7, 64, weight=True), rows(3, 33), rows(2, 16, weight=True, eps=1e-2), heads],
+    "rms_norm": [
+        rows(4, 7, 64, weight=True),
+        rows(3, 43, 256, weight=True, eps=1e-3),
+        rows(3, 33),
+        rows(2, 16, weight=True, eps=1e-2),
+        heads,
+    ],
     "layer_norm": [rows(4, 7, 64, weight=True, bias=True), rows(3, 33), rows(2, 16, weight=True, eps=1e-2), heads],
 }
