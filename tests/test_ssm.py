@@ -20,6 +20,18 @@ def in_small_pieces(*args, **options):
         return CHUNKED(*args, **options)
 
 
+def by_pieces(scan):
+    """`scan` with the recurrence over chunks in pieces of a few chunks, however short the text is."""
+
+    def run(*args, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("llmlib.ssm.duality._SHORT", 0)
+            patch.setattr("llmlib.ssm.duality._PIECE", 300)
+            return scan(*args, **options)
+
+    return run
+
+
 SELECTIVE = {
     "reference": ssm.selective_scan.reference,
     "chunked": CHUNKED,
@@ -33,6 +45,7 @@ SSD = {
     "chunk 1": lambda *a: ssm.ssd(*a, chunk_size=1),
     "chunk 5": lambda *a: ssm.ssd(*a, chunk_size=5),
     "chunk 64": lambda *a: ssm.ssd(*a, chunk_size=64),
+    "chunk 3, in pieces": by_pieces(lambda *a: ssm.ssd(*a, chunk_size=3)),
 }
 
 
@@ -97,6 +110,7 @@ def test_gradients_are_those_of_the_definition(kernel):
         h = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
         scan = lambda *a: ssm.ssd(*a[:-1], chunk_size=2, initial_state=a[-1], return_state=True)  # noqa: E731
         assert torch.autograd.gradcheck(scan, (*ssd_inputs(1, 5, 2, 2, 1, 2), h))
+        assert torch.autograd.gradcheck(by_pieces(scan), (*ssd_inputs(1, 5, 2, 2, 1, 2), h))
 
 
 def mamba3_inputs(b=2, t=7, h=4, r=2, p=3, g=2, n=6, a=2, with_D=True, seed=0, dtype=torch.float64):
@@ -114,6 +128,7 @@ MAMBA3 = {
     "chunk 1": lambda *a: ssm.mamba3_scan(*a, chunk_size=1),
     "chunk 5": lambda *a: ssm.mamba3_scan(*a, chunk_size=5),
     "chunk 64": lambda *a: ssm.mamba3_scan(*a, chunk_size=64),
+    "chunk 3, in pieces": by_pieces(lambda *a: ssm.mamba3_scan(*a, chunk_size=3)),
 }
 
 
@@ -262,6 +277,7 @@ SCANS = {
     ),
     "selective_scan": (ssm.selective_scan, selective_inputs, {}),
     "ssd": (ssm.ssd, ssd_inputs, {"chunk_size": 4}),
+    "ssd in pieces": (by_pieces(ssm.ssd), ssd_inputs, {"chunk_size": 2}),
 }
 scans = pytest.mark.parametrize("name", SCANS)
 
@@ -306,7 +322,7 @@ def test_a_text_can_be_split_anywhere(name, t, data):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dt, A", [(1e-6, -1e-4), (1e-6, -1e4), (0.1, -1.0), (100.0, -1e4), (100.0, -1e-4)])
-@pytest.mark.parametrize("name", ["selective_scan", "ssd"])
+@pytest.mark.parametrize("name", ["selective_scan", "ssd", "ssd in pieces"])
 def test_extremes_stay_finite(name, dt, A, dtype):
     scan, inputs, _ = SCANS[name]
     sizes = {"t": 8192, "d": 2, "n": 2} if name == "selective_scan" else {"t": 8192, "h": 2, "p": 2, "g": 1, "n": 2}
@@ -340,8 +356,9 @@ def test_extremes_of_mamba3_and_the_delta_rule_stay_finite(dt, A, dtype):
 def test_long_sums_do_not_drift():
     """8192 float32 steps against float64: cumulative sums start anew in every chunk."""
     args = [v.detach() for v in ssd_inputs(b=1, t=8192, h=2, p=4, g=1, n=4)]
-    y = ssm.ssd(*(v.float() for v in args))
-    torch.testing.assert_close(y.double(), ssm.ssd_recurrent(*args), rtol=1e-4, atol=1e-4)
+    for scan in (ssm.ssd, by_pieces(ssm.ssd)):
+        y = scan(*(v.float() for v in args))
+        torch.testing.assert_close(y.double(), ssm.ssd_recurrent(*args), rtol=1e-4, atol=1e-4)
 
 
 def test_the_work_of_the_parallel_scan_grows_as_t_log_t():

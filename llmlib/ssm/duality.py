@@ -47,6 +47,7 @@ def ssd(
     return (y, state) if return_state else y
 
 
+@op
 def chunked_recurrence(
     q: Float[Tensor, "b t g r n"],
     k: Float[Tensor, "b t g m n"],
@@ -66,11 +67,7 @@ def chunked_recurrence(
     t, h, m, p = v.shape[1:]
     g, r, n = q.shape[2:]
     size = min(chunk_size, t)
-    # steps of zeros fill up the last chunk: they leave the state as it is
-    q, k, v, since = (chunks(w, size) for w in (q, k, v, log_decay))
-    q, k = (rearrange(w, "b z c g r n -> b z g (c r) n") for w in (q, k))
-    v = rearrange(v, "b z c (g i) m p -> b z g (c m) i p", g=g)
-    since = rearrange(since, "b z c (g i) -> b z g i c", g=g).cumsum(-1)
+    q, k, v, since = _in_chunks(q, k, v, log_decay, size)
 
     decay = segments(since).exp_()[..., :, None, :, None]
     within = (decay * (q @ k.mT).view(*q.shape[:3], 1, size, r, size, m)).flatten(-2).flatten(-3, -2)
@@ -78,8 +75,7 @@ def chunked_recurrence(
 
     until = repeat((since[..., -1:] - since).exp(), "b z g i c -> b z g (c m) i 1", m=m)
     added = k.mT @ (v * until).flatten(-2)
-    state = v.new_zeros(len(v), h, p, n) if state is None else state.to(v.dtype)
-    state = rearrange(state, "b (g i) p n -> b g n (i p)", g=g)
+    state = v.new_zeros(len(v), g, n, h // g * p) if state is None else _state_in(state.to(v.dtype), g)
     across = repeat(since[..., -1].exp(), "b z g i -> b z g 1 (i p)", p=p)
     since = repeat(since.exp(), "b z g i c -> b z g (c r) i 1", r=r)
     ys = []
@@ -90,6 +86,122 @@ def chunked_recurrence(
     y = torch.stack(ys, 1)
     y = rearrange(y, "b z g (c r) i p -> b (z c) (g i) r p", r=r)[:, :t]
     return y, rearrange(state, "b g n (i p) -> b (g i) p n", p=p)
+
+
+def _in_chunks(q, k, v, log_decay, size: int):
+    """(b z g (c r) n), (b z g (c m) n), (b z g (c m) i p), and the sum of the log decays since the chunk's start."""
+    # steps of zeros fill up the last chunk: they leave the state as it is
+    q, k, v, since = (chunks(w, size) for w in (q, k, v, log_decay))
+    g = q.shape[3]
+    q, k = (rearrange(w, "b z c g r n -> b z g (c r) n") for w in (q, k))
+    v = rearrange(v, "b z c (g i) m p -> b z g (c m) i p", g=g)
+    return q, k, v, rearrange(since, "b z c (g i) -> b z g i c", g=g).cumsum(-1)
+
+
+def _state_in(state: Float[Tensor, "b h p n"], g: int) -> Float[Tensor, "b g n ip"]:
+    return rearrange(state, "b (g i) p n -> b g n (i p)", g=g)
+
+
+_SHORT = 2**22  # decays inside chunks, over all heads, that autograd may keep: 16 MB in float32
+_PIECE = 2**18  # how many of them the twin makes at a time, so that they stay in a cache
+
+
+def _pieces_why_not(q, k, v, log_decay, *, chunk_size, state=None) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the reference instead"
+    if q.is_cuda:
+        return "it is laid out for the caches of a CPU"
+    if chunk_size <= 64 and log_decay.numel() * chunk_size * q.shape[3] * k.shape[3] < _SHORT:
+        return "the text is so short that keeping what the backward needs costs less than making it again"
+    return None
+
+
+@chunked_recurrence.twin("pieces", _pieces_why_not, measured="two CPU cores, see benchmarks/ssm.py")
+def _by_pieces(q, k, v, log_decay, *, chunk_size, state=None):
+    """The same over pieces of time that fit in the cache; the backward, by formula, makes each piece again.
+
+    On a CPU chunks above 64 steps only add work inside them, so longer ones are cut.
+    """
+    (b, t, h, m, p), (g, r, n) = v.shape, q.shape[2:]
+    size = min(chunk_size, 64, t)
+    state = v.new_zeros(b, h, p, n) if state is None else state.to(v.dtype)
+    return _Pieces.apply(q, k, v, log_decay, state, size, size * max(1, _PIECE // (b * h * size * size * r * m)))
+
+
+class _Pieces(torch.autograd.Function):
+    """Kept for the backward: the inputs, y, and the state at the start of each piece."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, state, size, steps):
+        ctx.size, ctx.slices = size, [slice(i, i + steps) for i in range(0, v.shape[1], steps)]
+        ys, starts = [], []
+        for s in ctx.slices:
+            starts.append(state)
+            inputs = q[:, s], k[:, s], v[:, s], log_decay[:, s]
+            y, state = chunked_recurrence.reference(*inputs, chunk_size=size, state=state)
+            ys.append(y)
+        y = torch.cat(ys, 1)
+        ctx.save_for_backward(q, k, v, log_decay, y, *starts)
+        return y, state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dstate):
+        q, k, v, log_decay, y, *starts = ctx.saved_tensors
+        inputs, g, p = (q, k, v, log_decay), q.shape[2], v.shape[-1]
+        grads, dstate = [torch.empty_like(w) for w in inputs], _state_in(dstate, g)
+        for s, start in zip(reversed(ctx.slices), reversed(starts), strict=True):
+            piece = (w[:, s] for w in (*inputs, y, dy))
+            *parts, dstate = _piece_backward(*piece, _state_in(start, g), dstate, ctx.size)
+            for whole, part in zip(grads, parts, strict=True):
+                whole[:, s] = part
+        return *grads, rearrange(dstate, "b g n (i p) -> b (g i) p n", p=p), None, None
+
+
+def _piece_backward(q, k, v, log_decay, y, dy, start, dend, size):
+    """The gradients of q, k, v, log_decay and the first state, from those of y and the last state.
+
+    With G_z = ∂loss/∂S after chunk z, and e_i the decay from the chunk's start to step i, d_j that from j to its end:
+
+        ∂v = (L ∘ q kᵀ)ᵀ ∂y + d k G        ∂q = (Σ_heads L ∘ ∂y vᵀ) k + e ∂y S_{z−1}ᵀ        ∂k likewise
+        ∂(Σ_{s≤i} a_s) = y_i · ∂y_i − v_i · ∂v_i, and S_z · G_z more at the chunk's last step
+
+    The last line holds since a decay up to i multiplies all that y_i reads, and divides all that v_i feeds.
+    """
+    (t, _, m, p), (g, r, _) = v.shape[1:], q.shape[2:]
+    q, k, v, since = _in_chunks(q, k, v, log_decay, size)
+    y, dy = (rearrange(chunks(w, size), "b z c (g i) r p -> b z g (c r) i p", g=g) for w in (y, dy))
+    until = repeat((since[..., -1:] - since).exp(), "b z g i c -> b z g (c m) i 1", m=m)
+    v_until = (v * until).flatten(-2)
+    dy_since = (dy * repeat(since.exp(), "b z g i c -> b z g (c r) i 1", r=r)).flatten(-2)
+    across = repeat(since[..., -1].exp(), "b z g i -> b z g 1 (i p)", p=p).unbind(1)
+
+    after, dbefore = k.mT @ v_until, q.mT @ dy_since  # so far what each chunk adds; the loops add what passes through
+    state, dstate = start, dend
+    for new, decay in zip(after.unbind(1), across, strict=True):
+        state = new.addcmul_(decay, state)
+    for new, decay in zip(reversed(dbefore.unbind(1)), reversed(across), strict=True):
+        dstate = new.addcmul_(decay, dstate)
+    before, dafter = torch.cat([start[:, None], after[:, :-1]], 1), torch.cat([dbefore[:, 1:], dend[:, None]], 1)
+
+    # nothing differentiates this exp, so what overflows above the diagonal may simply be cut off
+    L = (since.unsqueeze(-1) - since.unsqueeze(-2)).exp_().tril_()
+    L = L if r == m == 1 else repeat(L, "b z g i c s -> b z g i (c r) (s m)", r=r, m=m)
+    dy_heads = dy.transpose(3, 4).contiguous()
+    dv = ((L * (q @ k.mT).unsqueeze(3)).mT @ dy_heads).transpose(3, 4)
+    dv = torch.addcmul(dv, (k @ dafter).unflatten(-1, (-1, p)), until)
+    dscores = (dy_heads @ v.transpose(3, 4).mT).mul_(L).sum(3)
+    dq = dscores @ k + dy_since @ before.mT
+    dk = dscores.mT @ q + v_until @ dafter.mT
+    dsince = (y * dy).sum(-1).unflatten(3, (-1, r)).sum(4) - (v * dv).sum(-1).unflatten(3, (-1, m)).sum(4)
+    dsince[:, :, :, -1] += (after * dafter).sum(3).unflatten(-1, (-1, p)).sum(-1)
+    return (
+        rearrange(dq, "b z g (c r) n -> b (z c) g r n", r=r)[:, :t],
+        rearrange(dk, "b z g (c m) n -> b (z c) g m n", m=m)[:, :t],
+        rearrange(dv, "b z g (c m) i p -> b (z c) (g i) m p", m=m)[:, :t],
+        rearrange(dsince.flip(3).cumsum(3).flip(3), "b z g c i -> b (z c) (g i)")[:, :t],
+        dstate,
+    )
 
 
 def chunks(x: Float[Tensor, "b t *rest"], size: int) -> Float[Tensor, "b z c *rest"]:

@@ -63,6 +63,16 @@ def update_of_mamba2(dtype, device):
     return args, {"state": h.to(wide)}
 
 
+def recurrence(with_state=False, t=150, g=1, h=2, r=1, m=1, p=8, n=8, chunk_size=80):
+    def example(dtype, device):
+        wide = _wide(dtype)  # its callers widen their inputs
+        q, k, v, s = _random(wide, device, (2, t, g, r, n), (2, t, g, m, n), (2, t, h, m, p), (2, h, p, n))
+        options = {"state": s} if with_state else {}
+        return (q, k, v, -_steps(dtype, device, 2, t, h)), {"chunk_size": chunk_size, **options}
+
+    return example
+
+
 def mamba3(with_state=False, rank=1, t=21, h=4, p=16, g=2, n=16, angles=4):
     def example(dtype, device):
         wide = _wide(dtype)
@@ -93,6 +103,7 @@ def delta(with_state=False, t=37, h=2, d=16, e=16):
 
 
 EXAMPLES = {
+    "chunked_recurrence": [recurrence(), recurrence(with_state=True, g=2, h=4, r=3, m=2), recurrence(t=5)],
     "mamba3_scan": [mamba3(), mamba3(with_state=True), mamba3(rank=2)],
     "gated_delta_rule": [delta(), delta(with_state=True)],
     "selective_scan": [scan(), scan(with_state=True, with_D=False)],
