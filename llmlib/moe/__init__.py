@@ -8,7 +8,8 @@ from llmlib.moe.balance import (
     router_z_loss,
     statistics,
 )
-from llmlib.moe.experts import StackedLinear, expert_linear, run_experts, stack_experts
+from llmlib.moe.experts import StackedLinear, expert_linear, stack_experts
+from llmlib.moe.gated import expert_swiglu, run_experts
 from llmlib.moe.layer import MoE
 from llmlib.moe.parallel import Exchange, parallelise_experts, reduce_gradients
 from llmlib.moe.routing import ExpertChoiceRouter, Router, Routing, TopKRouter, expert_choice, route
@@ -16,6 +17,7 @@ from llmlib.moe.upcycling import upcycle
 
 __all__ = [
     "Exchange", "ExpertChoiceRouter", "MoE", "Router", "Routing", "RoutingStatistics", "StackedLinear", "TopKRouter",
-    "expert_choice", "expert_linear", "load_balancing_loss", "max_violation", "move_bias_", "parallelise_experts",
-    "reduce_gradients", "route", "router_z_loss", "run_experts", "stack_experts", "statistics", "upcycle",
+    "expert_choice", "expert_linear", "expert_swiglu", "load_balancing_loss", "max_violation", "move_bias_",
+    "parallelise_experts", "reduce_gradients", "route", "router_z_loss", "run_experts", "stack_experts", "statistics",
+    "upcycle",
 ]  # fmt: skip

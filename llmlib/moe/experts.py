@@ -25,7 +25,7 @@ def expert_linear(
     kernel for all (grouped_mm, MegaBlocks' idea, arXiv:2211.15841), and every expert on every row under a mask (dense).
     """
     biases = len(weight) * [None] if bias is None else bias.unbind()
-    segments = zip(x.split(_sizes(counts, len(x))), weight.unbind(), biases, strict=True)
+    segments = zip(x.split(sizes_of(counts, len(x))), weight.unbind(), biases, strict=True)
     return torch.cat([F.linear(rows, W, b) for rows, W, b in segments])
 
 
@@ -43,7 +43,7 @@ def _check(x, weight, counts, bias=None) -> None:  # noqa: ARG001
     )
 
 
-def _sizes(counts: Int[Tensor, "E"], rows: int) -> list[int]:
+def sizes_of(counts: Int[Tensor, "E"], rows: int) -> list[int]:
     """The counts as numbers; on the meta device, where nothing has a value, an even split."""
     if not counts.is_meta:
         return counts.tolist()
@@ -60,13 +60,13 @@ def _segments_why_not(x, weight, counts, bias=None) -> str | None:
 def _segments(x, weight, counts, bias=None):
     if torch.compiler.is_compiling():
         return _opaque_segments(x, weight, counts, bias)
-    sizes = _sizes(counts, x.shape[0])
+    sizes = sizes_of(counts, x.shape[0])
     return _Segments.apply(x, weight, bias, sizes) if torch.is_grad_enabled() else _multiply(x, weight, bias, sizes)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[1])
-    for e, rows in _busy(sizes):
+    for e, rows in busy(sizes):
         if bias is None:
             torch.mm(x[rows], weight[e].T, out=y[rows])
         else:
@@ -78,7 +78,7 @@ def _differentiate(dy: Tensor, x: Tensor, weight: Tensor, sizes: list[int], need
     """The gradients of x, weight and bias, as far as `needed`."""
     shapes = x.shape, weight.shape, weight.shape[:2]
     dx, dW, db = (x.new_empty(shape) if wanted else None for shape, wanted in zip(shapes, needed, strict=True))
-    for e, rows in _busy(sizes):
+    for e, rows in busy(sizes):
         if dx is not None:
             torch.mm(dy[rows], weight[e], out=dx[rows])
         if dW is not None:
@@ -142,7 +142,7 @@ def _backward(ctx, dy):
 _opaque_segments.register_autograd(_backward, setup_context=_save)
 
 
-def _busy(sizes: list[int]):
+def busy(sizes: list[int]):
     """Each expert that has rows, with their slice."""
     start = 0
     for e, size in enumerate(sizes):
@@ -213,11 +213,11 @@ class StackedLinear(nn.Linear):
         return f"{len(self.weight)} × ({self.in_features} → {self.out_features}), bias={self.bias is not None}"
 
     def forward(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "m f"]:
-        x, weight, bias = _as_autocast(x, self.weight, self.bias)
+        x, weight, bias = as_autocast(x, self.weight, self.bias)
         return expert_linear(x, weight, self.shift.counts, bias)
 
 
-def _as_autocast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+def as_autocast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     """Inputs in the dtype that autocast gives to a linear map: neither grouped_mm nor an `out=` product asks it."""
     dtype = autocast_dtype(x)
     return [p if dtype is None or p is None else p.to(dtype) for p in (x, *parameters)]
@@ -245,9 +245,3 @@ def stack_experts(expert: Callable[[int], nn.Module], d_model: int, num_experts:
     )
     experts.reset_parameters()
     return experts
-
-
-def run_experts(experts: nn.Module, rows: Float[Tensor, "m d"], counts: Int[Tensor, "E"]) -> Float[Tensor, "m d"]:
-    """Each row through its own expert; the rows are sorted by expert, `counts` of them for each."""
-    experts.shift.counts = counts
-    return experts(rows)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from llmlib.errors import require
 from llmlib.moe.balance import RoutingStatistics, load_balancing_loss, move_bias_, router_z_loss
-from llmlib.moe.experts import run_experts, stack_experts
+from llmlib.moe.experts import stack_experts
+from llmlib.moe.gated import run_experts
 from llmlib.moe.routing import Routing, TopKRouter, count
 
 BALANCE_OVER = ("batch", "sequence")

@@ -6,7 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmlib.errors import require
-from llmlib.moe.experts import StackedLinear, run_experts
+from llmlib.moe.experts import StackedLinear
+from llmlib.moe.gated import run_experts
 from llmlib.moe.layer import MoE
 
 

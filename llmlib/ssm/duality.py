@@ -122,7 +122,7 @@ def _by_pieces(q, k, v, log_decay, *, chunk_size, state=None):
 
     On a CPU chunks above 64 steps only add work inside them, so longer ones are cut.
     """
-    (b, t, h, m, p), (g, r, n) = v.shape, q.shape[2:]
+    (b, t, h, m, p), (r, n) = v.shape, q.shape[3:]
     size = min(chunk_size, 64, t)
     state = v.new_zeros(b, h, p, n) if state is None else state.to(v.dtype)
     return _Pieces.apply(q, k, v, log_decay, state, size, size * max(1, _PIECE // (b * h * size * size * r * m)))

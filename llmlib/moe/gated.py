@@ -1,0 +1,130 @@
+"""The experts of nearly every published mixture, SwiGLU without biases, as one op."""
+
+import mmap
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from llmlib.ffn import SwiGLU, glu
+from llmlib.moe.experts import StackedLinear, as_autocast, busy, expert_linear, sizes_of
+from llmlib.ops import Twin, op
+
+
+@op
+def expert_swiglu(
+    x: Float[Tensor, "m d"],
+    gate: Float[Tensor, "E f d"],
+    up: Float[Tensor, "E f d"],
+    down: Float[Tensor, "E d f"],
+    counts: Int[Tensor, "E"],
+) -> Float[Tensor, "m d"]:
+    """y_i = D_e (silu(G_e x_i) ⊙ U_e x_i), with e the expert of row i: the first counts[0] rows are expert 0's, ….
+
+    The reference sends all rows through one linear map after the other. The twin `by_expert` sends each expert's rows
+    through all three, while they and its weights are in the cache.
+    """
+    return expert_linear(glu(expert_linear(x, gate, counts), expert_linear(x, up, counts)), down, counts)
+
+
+def _by_expert_why_not(x, gate, up, down, counts) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the reference instead"
+    if x.device.type != "cpu":
+        return f"it is laid out for the caches of a CPU, and x is on {x.device.type}"
+    if len({w.dtype for w in (x, gate, up, down)}) > 1:
+        return f"x is {x.dtype}, and the weights are {gate.dtype}, {up.dtype}, {down.dtype}"
+    return None
+
+
+@expert_swiglu.twin("by_expert", _by_expert_why_not, measured="two cores of an AMD EPYC, see benchmarks/moe.py")
+def _by_expert(x, gate, up, down, counts):
+    return _ByExpert.apply(x, gate, up, down, sizes_of(counts, len(x)))
+
+
+def _one_by_one(twin: Twin) -> None:
+    """A kernel of `expert_linear` serves here too, by the reference: it is chosen again at each of the three maps."""
+    why_not = lambda x, gate, up, down, counts: twin.why_not(x, gate, counts)  # noqa: E731
+    expert_swiglu.twin(twin.name, why_not, auto=twin.name == "grouped_mm", measured=twin.measured)(
+        expert_swiglu.reference
+    )
+
+
+for _twin in expert_linear.twins:
+    _one_by_one(_twin)
+
+
+class _ByExpert(torch.autograd.Function):
+    """With g = G x, u = U x, h = silu(g) ⊙ u and y = D h:
+
+        ∂h = Dᵀ ∂y     ∂u = silu(g) ⊙ ∂h     ∂g = silu'(g) ⊙ u ⊙ ∂h     ∂x = Gᵀ ∂g + Uᵀ ∂u
+        ∂D = ∂y hᵀ     ∂U = ∂u xᵀ            ∂G = ∂g xᵀ
+
+    g and u are kept; h is made again.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gate, up, down, sizes):
+        y, kept = x.new_empty(x.shape), []
+        for e, rows in busy(sizes):
+            g, u = _product(x[rows], gate[e]), _product(x[rows], up[e])
+            y[rows] = _product(F.silu(g).mul_(u), down[e])
+            kept += (g, u) if any(ctx.needs_input_grad) else ()
+        ctx.sizes = sizes
+        ctx.save_for_backward(x, gate, up, down, *kept)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, gate, up, down, *kept = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        dgate, dup, ddown = (w.new_zeros(w.shape) if 0 in ctx.sizes else _fresh(w) for w in (gate, up, down))
+        for (e, rows), g, u in zip(busy(ctx.sizes), kept[::2], kept[1::2], strict=True):
+            open_, dh = F.silu(g), _product(dy[rows], down[e].T)
+            torch.mm(dy[rows].T, open_ * u, out=ddown[e])
+            du, dg = open_.mul_(dh), torch.ops.aten.silu_backward(dh.mul_(u), g)
+            torch.mm(du.T, x[rows], out=dup[e])
+            torch.mm(dg.T, x[rows], out=dgate[e])
+            torch.add(_product(du, up[e].T), _product(dg, gate[e].T), out=dx[rows])
+        return dx, dgate, dup, ddown, None
+
+
+def _product(x: Float[Tensor, "m i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "m o"]:
+    """x Wᵀ, of many rows by oneDNN: where it is there, an eighth faster on an AMD processor than MKL."""
+    if len(x) >= 16 and x.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
+
+
+def _fresh(like: Tensor) -> Tensor:
+    """Uninitialised memory of that size, in huge pages where there are any.
+
+    Gradients of experts are large and made anew at each step; in pages of 4 KB, fetching them takes a tenth of it.
+    """
+    size = like.numel() * like.element_size()
+    if size < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty_like(like)
+    memory = mmap.mmap(-1, size)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+
+
+def run_experts(experts: nn.Module, rows: Float[Tensor, "m d"], counts: Int[Tensor, "E"]) -> Float[Tensor, "m d"]:
+    """Each row through its own expert; the rows are sorted by expert, `counts` of them for each."""
+    if is_plain_swiglu(experts):
+        linears = experts.gate_proj, experts.up_proj, experts.down_proj
+        return expert_swiglu(*as_autocast(rows, *(linear.weight for linear in linears)), counts)
+    experts.shift.counts = counts
+    return experts(rows)
+
+
+def is_plain_swiglu(experts: nn.Module) -> bool:
+    """Whether these experts are what `expert_swiglu` computes, and no hook in their maps waits to be called."""
+    return type(experts) is SwiGLU and all(
+        type(linear) is StackedLinear
+        and linear.bias is None
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        for linear in experts.children()
+    )
