@@ -53,7 +53,16 @@ def _selective_scan_work(_masked, x, dt, A, B, C, D=None, **_) -> int:
     return 9 * x.numel() * A.shape[-1] + (0 if D is None else 2 * x.numel())
 
 
-WORK = {"attention": _attention_work, "selective_scan": _selective_scan_work}
+def _path_work(masked, q, k, v, w, beta, *_, chunk_size=64, **__) -> int:
+    """Attention's, and what turns the keys, in whole chunks of c: 4d + c for each pair and key head (w·k, the update,
+    the triangular system), 2c for each pair and query head, 2cd for each token and head (w·w and q·w)."""
+    (b, h, t, d), (_, g, s, _) = q.shape, k.shape
+    c, pairs = min(chunk_size, t), visible_pairs(t, s) if masked else t * s
+    turning = pairs * (g * (4 * d + c) + 2 * h * c) + 2 * t * c * d * (g + h)
+    return _attention_work(masked, q, k, v) + b * turning
+
+
+WORK = {"attention": _attention_work, "path_attention": _path_work, "selective_scan": _selective_scan_work}
 """FLOPs of the ops whose kernels do less, or something else, than the products in their reference."""
 
 

@@ -7,6 +7,7 @@ from llmlib.attention.flex import flex
 from llmlib.attention.functional import attention, banded, masked_softmax, visible
 from llmlib.attention.layer import Attention, CrossAttention
 from llmlib.attention.mla import MLA
+from llmlib.attention.path import PaTHAttention, path_attention, path_attention_recurrent, path_scores
 
 __all__ = [
     "MLA",
@@ -15,6 +16,7 @@ __all__ = [
     "FlashAttention",
     "GrowingCache",
     "Int8Cache",
+    "PaTHAttention",
     "RingCache",
     "attention",
     "banded",
@@ -22,6 +24,9 @@ __all__ = [
     "flex",
     "masked_softmax",
     "max_logits",
+    "path_attention",
+    "path_attention_recurrent",
+    "path_scores",
     "qk_clip_",
     "quantise",
     "to_grouped",

@@ -23,6 +23,21 @@ def heads(b=2, h=4, g=None, t=9, s=None, d=16, e=None, mask=None, bias=None, sin
     return example
 
 
+def path(h=4, g=None, t=9, s=None, d=8, e=None, mask=False, gates=False, **options):
+    """Directions of length 1 and 0 < β < 2; where s > t the first keys come from earlier text."""
+
+    def example(dtype, device):
+        g_, s_ = g or h, s or t
+        sizes = (2, h, t, d), (2, g_, s_, d), (2, g_, s_, e or d), (2, g_, t, d)
+        q, k, v, w = (torch.randn(size).to(device, dtype) for size in sizes)
+        beta = (2 * torch.rand(2, g_, t)).to(device, dtype)
+        forget = [-torch.rand(2, h, s_).to(device, dtype)] if gates else []
+        more = {"mask": torch.rand(2, 1, t, s_, device=device) < 0.7} if mask else {}
+        return (q, k, v, w / w.norm(dim=-1, keepdim=True), beta, *forget), more | options
+
+    return example
+
+
 EXAMPLES = {
     "attention": [
         heads(),
@@ -55,5 +70,11 @@ EXAMPLES = {
         heads(sinks=True, g=2),
         heads(sinks=True, mask="b1ts", window=4),
         heads(softcap=2.0),
-    ]
+    ],
+    "path_attention": [
+        path(),
+        path(g=2, gates=True, e=6),
+        path(g=1, t=5, s=12, mask=True, gates=True, chunk_size=2),
+        path(t=1, s=7, scale=0.5),
+    ],
 }
