@@ -7,23 +7,45 @@ from llmlib.attention.flex import flex
 from llmlib.attention.functional import attention, banded, masked_softmax, visible
 from llmlib.attention.layer import Attention, CrossAttention
 from llmlib.attention.mla import MLA
+from llmlib.attention.sparse import (
+    DSA,
+    NSA,
+    MoBA,
+    blocks_ended,
+    choose,
+    compressed_attention,
+    index_scores,
+    indexer_loss,
+    mean_key_scores,
+    selected_attention,
+)
 
 __all__ = [
+    "DSA",
     "MLA",
+    "NSA",
     "Attention",
     "CrossAttention",
     "FlashAttention",
     "GrowingCache",
     "Int8Cache",
+    "MoBA",
     "RingCache",
     "attention",
     "banded",
+    "blocks_ended",
     "cache_bytes",
+    "choose",
+    "compressed_attention",
     "flex",
+    "index_scores",
+    "indexer_loss",
     "masked_softmax",
     "max_logits",
+    "mean_key_scores",
     "qk_clip_",
     "quantise",
+    "selected_attention",
     "to_grouped",
     "visible",
 ]
