@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmlib.attention import blocks_ended
 from llmlib.errors import require
 from llmlib.model import CausalLM, ModelConfig
 from llmlib.ops import metered
@@ -62,7 +63,33 @@ def _path_work(masked, q, k, v, w, beta, *_, chunk_size=64, **__) -> int:
     return _attention_work(masked, q, k, v) + b * turning
 
 
-WORK = {"attention": _attention_work, "path_attention": _path_work, "selective_scan": _selective_scan_work}
+def _selected_attention_work(masked, q, k, v, chosen, *, block_size=1, **_) -> int:
+    """Each query meets as many whole blocks as it chose and there are, and its own up to itself."""
+    (b, h, t, d), s, n = q.shape, k.shape[2], chosen.shape[-1]
+    behind = [(min(n, i // block_size + 1) - 1) * block_size + i % block_size + 1 for i in range(s - t, s)]
+    pairs = sum(behind) if masked else t * min(s, n * block_size)
+    return 2 * b * h * pairs * (d + v.shape[-1])
+
+
+def _compressed_attention_work(masked, q, k, v, *, length, block_size, stride) -> int:
+    (b, h, t, d), n = q.shape, k.shape[2]
+    ended = sum(blocks_ended(i, block_size, stride) for i in range(length - t + 1, length + 1))
+    return 2 * b * h * (ended if masked else t * n) * (d + v.shape[-1])
+
+
+def _index_scores_work(masked, q, k, weights) -> int:
+    (b, h, t, d), s = q.shape, k.shape[2]
+    return 2 * b * h * (visible_pairs(t, s) if masked else t * s) * (d + 1)
+
+
+WORK = {
+    "attention": _attention_work,
+    "compressed_attention": _compressed_attention_work,
+    "index_scores": _index_scores_work,
+    "path_attention": _path_work,
+    "selected_attention": _selected_attention_work,
+    "selective_scan": _selective_scan_work,
+}
 """FLOPs of the ops whose kernels do less, or something else, than the products in their reference."""
 
 
@@ -250,7 +277,7 @@ def decode(config: ModelConfig, context: int, batch: int = 1, dtype: torch.dtype
     """One more token behind `context` others for each sequence: the weights are read once, every cache whole.
 
     Of routed experts a batch touches at most batch · top_k; this counts those, as if no two tokens shared one. Of the
-    embedding it reads one row for each token.
+    embedding it reads one row for each token. Sparse attention reads less of its cache than this says.
     """
     config_parts, active = parameters(config), parameters(config, active=True)
     touched = min(config_parts.ffn, active.ffn + (batch - 1) * _routed(config))

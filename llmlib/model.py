@@ -377,7 +377,7 @@ class Backbone(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
     def auxiliary_loss(self) -> Tensor | float:
-        """The sum of what the layers of the last pass ask for besides the loss (load balancing, router z-loss)."""
+        """The sum of what the layers of the last pass ask for besides the loss (load balancing, router z-loss, KL)."""
         return sum(m.auxiliary_loss for m in self.modules() if isinstance(getattr(m, "auxiliary_loss", None), Tensor))
 
 

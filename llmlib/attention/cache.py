@@ -114,6 +114,12 @@ def make_cache(window: int | None, kind: str):
     return CACHES[kind](GrowingCache() if window is None else RingCache(window))
 
 
+def part_of(state: dict, name: str, reserve: int | None = None) -> dict:
+    """The dict inside a layer's state for a second cache; it reserves as much as the layer's own unless told."""
+    return state.setdefault(name, {"reserve": state.get("reserve", 0) if reserve is None else reserve})
+
+
 def cache_bytes(state: dict) -> int:
     """Bytes allocated by one layer's state."""
-    return sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, Tensor))
+    tensors = sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, Tensor))
+    return tensors + sum(cache_bytes(x) for x in state.values() if isinstance(x, dict))

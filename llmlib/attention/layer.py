@@ -127,15 +127,17 @@ class Attention(nn.Module):
         start = 0 if state is None else state.get("length", 0)
         q = self._heads(x, self.q_proj, self.q_norm, self.num_heads)
         q, k, v, index = self._keys_values(q, x, start, state, context)
-        y = attention(
+        y = self._attend(q, k, v, index, start, context).transpose(1, 2)
+        if self.gate is not None:
+            y = y * torch.sigmoid(self.gate_proj(x)).view(*x.shape[:2], self.num_heads, -1)
+        return self.o_proj(y.flatten(2))
+
+    def _attend(self, q, k, v, index: Tensor | None, start: int, context: Context) -> Float[Tensor, "b h t d"]:
+        return attention(
             q, k, v, causal=self.causal and index is None, window=self.window if index is None else None,
             mask=context_mask(context, index, start, q.shape[2], k.shape[2]), bias=self._bias(index, start, q, k),
             sinks=self.sinks, softcap=self.softcap, scale=self.scale,
         )  # fmt: skip
-        y = y.transpose(1, 2)
-        if self.gate is not None:
-            y = y * torch.sigmoid(self.gate_proj(x)).view(*x.shape[:2], self.num_heads, -1)
-        return self.o_proj(y.flatten(2))
 
     def _heads(self, x: Tensor, proj: nn.Linear, norm: nn.Module | None, heads: int) -> Float[Tensor, "b h t d"]:
         y = proj(x)

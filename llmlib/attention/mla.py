@@ -1,6 +1,7 @@
 """Multi-head latent attention: keys and values live in one small vector per token (DeepSeek-V2, arXiv:2405.04434)."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -93,16 +94,25 @@ class MLA(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         context = Context() if context is None else context
         start = 0 if state is None else state.get("length", 0)
-        q, kept = self._queries_latents(x, start, state, context)
-        t, s = q.shape[2], kept.shape[2]
-        absorb = self._absorbing_is_cheaper(t, s) if self.absorb is None else self.absorb
+        source = self._query_source(x)
+        q, kept = self._queries_latents(x, source, start, state, context)
+        absorb = self._absorbing_is_cheaper(q.shape[2], kept.shape[2]) if self.absorb is None else self.absorb
         attend = self._absorbed if absorb else self._expanded
-        y = attend(q, kept, context_mask(context, None, start, t, s))
+        y = attend(q, kept, self._choose_op(x, source, q, kept, start, state, context))
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def _queries_latents(self, x: Tensor, start: int, state: dict | None, context: Context):
+    def _query_source(self, x: Tensor) -> Tensor:
+        """What the queries are made from: x, or its latent."""
+        return x if self.q_latent_dim is None else self.q_a_norm(self.q_a_proj(x))
+
+    def _choose_op(self, x, source, q, kept, start: int, state: dict | None, context: Context) -> Callable:
+        """The op that takes queries, keys and values, with all else that it needs."""
+        mask = context_mask(context, None, start, q.shape[2], kept.shape[2])
+        return partial(attention, mask=mask, scale=self.scale)
+
+    def _queries_latents(self, x: Tensor, source: Tensor, start: int, state: dict | None, context: Context):
         """q (b h t head_dim + d_rope) and what the cache holds, [c; k_rope] (b 1 s l + d_rope), both turned."""
-        q = self.q_proj(x) if self.q_latent_dim is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        q = self.q_proj(source) if self.q_latent_dim is None else self.q_b_proj(source)
         q = q.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
         latent, k_rope = self.kv_a_proj(x)[:, None].split([self.kv_latent_dim, self.d_rope], -1)
         latent = self.kv_a_norm(latent)
@@ -146,19 +156,18 @@ class MLA(nn.Module):
         k_rope = kept[..., self.kv_latent_dim :].expand(-1, self.num_heads, -1, -1)
         return torch.cat([k, k_rope], -1), v
 
-    def _expanded(self, q: Tensor, kept: Tensor, mask: Tensor | None) -> Float[Tensor, "b h t e"]:
-        k, v = self._expand(kept)
-        return attention(q, k, v, mask=mask, scale=self.scale)
+    def _expanded(self, q: Tensor, kept: Tensor, op: Callable) -> Float[Tensor, "b h t e"]:
+        return op(q, *self._expand(kept))
 
-    def _absorbed(self, q: Tensor, kept: Tensor, mask: Tensor | None) -> Float[Tensor, "b h t e"]:
+    def _absorbed(self, q: Tensor, kept: Tensor, op: Callable) -> Float[Tensor, "b h t e"]:
         w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split([self.head_dim, self.v_head_dim], 1)
         q_latent = torch.einsum("bhtd,hdl->bhtl", q[..., : self.head_dim], w_uk)
         q = torch.cat([q_latent, q[..., self.head_dim :]], -1)
         # the kept vectors serve as values whole: slicing the small result is cheaper than copying the cache
-        y = attention(q, kept, kept, mask=mask, scale=self.scale)[..., : self.kv_latent_dim]
+        y = op(q, kept, kept)[..., : self.kv_latent_dim]
         return torch.einsum("bhtl,hel->bhte", y, w_uv)
 
     def queries_keys(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b h t _"], Float[Tensor, "b h t _"]]:
         """The queries and expanded keys of a text, as the scores see them."""
-        q, kept = self._queries_latents(x, 0, None, Context())
+        q, kept = self._queries_latents(x, self._query_source(x), 0, None, Context())
         return q, self._expand(kept)[0]

@@ -38,6 +38,35 @@ def path(h=4, g=None, t=9, s=None, d=8, e=None, mask=False, gates=False, **optio
     return example
 
 
+def sparse(c=1, t=9, s=None, n=2, block_size=3, **options):
+    """The last query's choice leaves out its own block, and with a mask of False the first sees nothing."""
+
+    def example(dtype, device):
+        (q, k, v), more = heads(g=2, t=t, s=s, **options)(dtype, device)
+        blocks = -(-k.shape[2] // block_size)
+        chosen = torch.rand(q.shape[0], c, t, blocks, device=device).argsort(-1)[..., :n]
+        chosen[:, :, -1] = torch.arange(n, device=device)
+        return (q, k, v, chosen), more | {"block_size": block_size}
+
+    return example
+
+
+def summaries(t=9, length=9, block_size=4, stride=2):
+    """The first queries see no block that has ended."""
+
+    def example(dtype, device):
+        n = max(0, (length - block_size) // stride + 1)
+        (q, k, v), _ = heads(g=2, t=t, s=n or 1)(dtype, device)
+        return (q, k[:, :, :n], v[:, :, :n]), {"length": length, "block_size": block_size, "stride": stride}
+
+    return example
+
+
+def indexer(dtype, device):
+    q, k, weights = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 9, 8), torch.randn(2, 3, 5)
+    return tuple(x.to(device, dtype) for x in (q, k, weights)), {}
+
+
 EXAMPLES = {
     "attention": [
         heads(),
@@ -77,4 +106,17 @@ EXAMPLES = {
         path(g=1, t=5, s=12, mask=True, gates=True, chunk_size=2),
         path(t=1, s=7, scale=0.5),
     ],
+    "selected_attention": [
+        sparse(),
+        sparse(c=2, t=4, s=11),
+        sparse(c=4, t=1, s=11, scale=0.5),
+        sparse(n=4, block_size=1, mask="b1ts"),
+    ],
+    "compressed_attention": [
+        summaries(),
+        summaries(t=1, length=12),
+        summaries(t=3, length=3),
+        summaries(length=20, block_size=3, stride=3),
+    ],
+    "index_scores": [indexer],
 }
