@@ -2,10 +2,10 @@
 
 Axis letters, the same in every signature here and in the book:
 
-    b batch          t query or sequence time    s key time            d width (of the model, or of one head)
-    e value width    h query heads               g key/value or B/C groups
-    n state size     p SSM head width            f feed-forward width  v vocabulary
-    E experts        k experts per token         l latent rank         r MIMO rank      c chunk      w window
+    b batch                    t query or sequence time    s key time            d width (of the model, or of one head)
+    e value width              h query heads               g key/value or B/C groups
+    n state size, or streams   p SSM head width            f feed-forward width  v vocabulary
+    E experts                  k experts per token         l latent rank         r MIMO rank      c chunk      w window
 """
 
 import importlib
@@ -30,7 +30,8 @@ _ATTRIBUTES = {
 }
 _MODULES = (
     "attention", "benchmark", "compact", "cost", "data", "errors", "ffn", "generate", "hf", "hybrid", "interactive",
-    "model", "moe", "norm", "notebook", "ops", "position", "presets", "scaling", "ssm", "tokenizer", "train",
+    "model", "moe", "norm", "notebook", "ops", "position", "presets", "residual", "scaling", "ssm", "tokenizer",
+    "train",
 )  # fmt: skip
 __all__ = sorted({*_ATTRIBUTES, *_MODULES})
 

@@ -135,10 +135,11 @@ class Parts:
     ffn: float = 0
     norm: float = 0
     head: float = 0
+    residual: float = 0
 
     @property
     def total(self) -> float:
-        return self.embedding + self.mixer + self.ffn + self.norm + self.head
+        return self.embedding + self.mixer + self.ffn + self.norm + self.head + self.residual
 
     def as_dict(self) -> dict[str, float]:
         """The parts by name, and their total."""
@@ -172,7 +173,9 @@ def parameters(config: ModelConfig, *, active: bool = False) -> Parts:
     ffn = _count(*(b.ffn for b in blocks)) - idle
     embedding = _count(model.embedding, model.position)
     head = _count(model.head)
-    return Parts(embedding, mixer, ffn, model.num_parameters() - idle - mixer - ffn - embedding - head, head)
+    residual = _count(*(part for b in blocks for part in b.connections()))
+    norm = model.num_parameters() - idle - mixer - ffn - embedding - head - residual
+    return Parts(embedding, mixer, ffn, norm, head, residual)
 
 
 def _empty(config: ModelConfig, batch: int, time: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -192,15 +195,14 @@ def flops(config: ModelConfig, time: int, cached: int = 0, *, masked: bool = Tru
     for block in model.layers:
         if block.layer not in done:
             done[block.layer] = _block_flops(block, config, time, cached, masked)
-    mixer = sum(done[b.layer][0] for b in model.layers)
-    ffn = sum(done[b.layer][1] for b in model.layers)
+    mixer, ffn, residual = (sum(done[b.layer][i] for b in model.layers) for i in range(3))
     with Counter() as counter, torch.no_grad():
         model.logits(_empty(config, 1, time))
-    return Parts(mixer=mixer, ffn=ffn, head=counter.flops)
+    return Parts(mixer=mixer, ffn=ffn, head=counter.flops, residual=residual)
 
 
 @torch.no_grad()
-def _block_flops(block, config, time, cached, masked) -> tuple[int, int]:
+def _block_flops(block, config, time, cached, masked) -> tuple[int, int, int]:
     state, counted = {}, []
     if block.mixer is not None and cached:
         block.mixer(_empty(config, 1, cached), state)
@@ -209,7 +211,10 @@ def _block_flops(block, config, time, cached, masked) -> tuple[int, int]:
             if part is not None:
                 part(_empty(config, 1, time), *args)
         counted.append(counter.flops)
-    return tuple(counted)
+    with Counter() as counter:
+        for connection in block.connections():
+            connection(connection.widen(_empty(config, 1, time)))
+    return (*counted, counter.flops)
 
 
 def state_bytes(state) -> int:
@@ -281,7 +286,8 @@ def decode(config: ModelConfig, context: int, batch: int = 1, dtype: torch.dtype
     """
     config_parts, active = parameters(config), parameters(config, active=True)
     touched = min(config_parts.ffn, active.ffn + (batch - 1) * _routed(config))
-    weights = config_parts.mixer + config_parts.norm + touched + (config_parts.head or config_parts.embedding)
+    weights = config_parts.mixer + config_parts.norm + config_parts.residual + touched
+    weights += config_parts.head or config_parts.embedding
     rows = 0 if config.tie_embeddings else batch * config.d_model
     return Step(
         batch * flops(config, 1, context).total,

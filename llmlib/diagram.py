@@ -40,6 +40,8 @@ def diagram(config: ModelConfig) -> Drawing:
         canvas.box(_name(config.position), _options(config.position), "grey", _STEM - 24, 250)
     if config.embedding_norm is not None:
         canvas.box(_name(config.embedding_norm), [], "grey", _STEM - 24, 250)
+    if config.residual is not None:
+        canvas.box(_name(config.residual), _options(config.residual), "grey", _STEM - 24, 250)
     for pattern, count in runs(config.layers):
         with canvas.group(f"× {count}" if count > 1 else ""):
             for layer in pattern:
@@ -54,7 +56,7 @@ def diagram(config: ModelConfig) -> Drawing:
 def outline(config: ModelConfig) -> list[str]:
     """The same flow as lines of text."""
     lines = [f"embedding  {config.vocab_size:,} × {config.d_model:,}"]
-    lines += [_line_of(part) for part in (config.position, config.embedding_norm) if part is not None]
+    lines += [_line_of(part) for part in (config.position, config.embedding_norm, config.residual) if part is not None]
     for pattern, count in runs(config.layers):
         lines.append(f"{count} ×" if len(pattern) == 1 else f"{count} × these {len(pattern)} layers")
         for layer in pattern:

@@ -114,6 +114,7 @@ class ModelConfig:
     embedding_scale  multiplies the embedding (Gemma: √d_model; Granite: its multiplier)
     embedding_norm   a norm right after the embedding (Bloom, Peri-LN)
     final_norm       False leaves out the norm before the head
+    residual         several residual streams in place of one (hyper-connections); None adds what a sublayer gives
     logit_scale, logit_softcap  logits = softcap · tanh(scale · logits / softcap)
     init_std         standard deviation of the initial weights; residual_init divides those that write to the
                      residual stream by √(number of sublayers), as GPT-2 does
@@ -135,6 +136,7 @@ class ModelConfig:
     init_std: float = 0.02
     residual_init: bool = True
     max_seq_len: int | None = None
+    residual: Spec | None = None
     name: str | None = None
 
     def __post_init__(self):
@@ -145,6 +147,10 @@ class ModelConfig:
         for i, layer in enumerate(self.layers):
             require(isinstance(layer, Layer), f"layers[{i}] is {layer!r}, and must be a Layer(mixer=…, ffn=…)")
         require(isinstance(self.norm, Spec), f"norm is {self.norm!r}, and must be a spec, such as spec(RMSNorm)")
+        require(
+            self.residual is None or isinstance(self.residual, Spec),
+            f"residual is {self.residual!r}, and must be a spec, such as spec(HyperConnections, streams=4), or None",
+        )
 
     def replace(self, **changes) -> "ModelConfig":
         """A copy with some fields changed."""
@@ -236,9 +242,12 @@ class State(list):
 
 
 class Block(nn.Module):
-    """One `Layer`, built: mixer and feed-forward on a residual stream, with norms where `placement` puts them."""
+    """One `Layer`, built: mixer and feed-forward on a residual stream, with norms where `placement` puts them.
 
-    def __init__(self, layer: Layer, d_model: int, norm: Spec):
+    With `residual`, x has several streams, (b t n d), and each sublayer a connection to them; `index` is the first's.
+    """
+
+    def __init__(self, layer: Layer, d_model: int, norm: Spec, residual: Spec | None = None, index: int = 0):
         super().__init__()
         self.layer, norm = layer, layer.norm or norm
         for name in ("mixer", "cross", "ffn"):
@@ -248,33 +257,47 @@ class Block(nn.Module):
             after = part and layer.placement in ("inside", "sandwich")
             setattr(self, f"{name}_norm", norm(d_model) if before else None)
             setattr(self, f"{name}_post_norm", norm(d_model) if after else None)
+            connected = residual and part and not (layer.parallel and name == "ffn")
+            setattr(self, f"{name}_residual", residual(d_model, index) if connected else None)
+            index += bool(connected)
 
     def _shares_norm(self, name: str) -> bool:
         return name == "ffn" and self.layer.parallel_norms == 1
 
+    def connections(self) -> list[nn.Module]:
+        """Its residual connections, in order: one for each sublayer, one for both of a parallel layer."""
+        return [part for part in (self.mixer_residual, self.cross_residual, self.ffn_residual) if part is not None]
+
     def forward(
-        self, x: Float[Tensor, "b t d"], state: dict | None = None, context: Context | None = None
-    ) -> Float[Tensor, "b t d"]:
+        self, x: Float[Tensor, "b t *n d"], state: dict | None = None, context: Context | None = None
+    ) -> Float[Tensor, "b t *n d"]:
         if self.layer.parallel:
-            h = self.mixer_norm(x)
-            g = h if self.ffn_norm is None else self.ffn_norm(x)
-            return self._add(x, self.mixer(h, state, context) + self.ffn(g))
+            u, *kept = self._read(x, self.mixer_residual)
+            h = self.mixer_norm(u)
+            g = h if self.ffn_norm is None else self.ffn_norm(u)
+            return self._add(self.mixer(h, state, context) + self.ffn(g), *kept)
         if self.mixer is not None:
-            x = self._sublayer(x, self.mixer, self.mixer_norm, self.mixer_post_norm, state, context)
+            x = self._sublayer("mixer", x, state, context)
         if self.cross is not None:
-            source = None if state is None else state.setdefault("cross", {})
-            x = self._sublayer(x, self.cross, self.cross_norm, self.cross_post_norm, source, context)
+            x = self._sublayer("cross", x, None if state is None else state.setdefault("cross", {}), context)
         if self.ffn is not None:
-            x = self._sublayer(x, self.ffn, self.ffn_norm, self.ffn_post_norm)
+            x = self._sublayer("ffn", x)
         return x
 
-    def _sublayer(self, x, f, norm, post_norm, *args):
+    def _sublayer(self, name, x, *args):
+        f, norm, post_norm = getattr(self, name), getattr(self, f"{name}_norm"), getattr(self, f"{name}_post_norm")
+        u, *kept = self._read(x, getattr(self, f"{name}_residual"))
         if self.layer.placement == "post":
-            return norm(self._add(x, f(x, *args)))
-        y = f(x if norm is None else norm(x), *args)
-        return self._add(x, y if post_norm is None else post_norm(y))
+            return norm(self._add(f(u, *args), *kept))
+        y = f(u if norm is None else norm(u), *args)
+        return self._add(y if post_norm is None else post_norm(y), *kept)
 
-    def _add(self, x, y):
+    def _read(self, x, connection):
+        """What a sublayer reads, what passes beside it, and how much of its output each stream takes."""
+        return (x, x, None) if connection is None else connection(x)
+
+    def _add(self, y, x, share):
+        y = y if share is None else share[..., None] * y[..., None, :]
         scale, skip = self.layer.residual_scale, self.layer.skip_scale
         return (x if skip == 1 else skip * x) + (y if scale == 1 else scale * y)
 
@@ -298,6 +321,7 @@ class Backbone(nn.Module):
     @staticmethod
     def _blocks(config: ModelConfig) -> Iterable[Block]:
         shared: dict[str, Block] = {}
+        index = 0
         for i, layer in enumerate(config.layers):
             if layer.shared in shared:
                 same = shared[layer.shared].layer
@@ -308,9 +332,10 @@ class Backbone(nn.Module):
                 yield shared[layer.shared]
                 continue
             try:
-                block = Block(layer, config.d_model, config.norm)
+                block = Block(layer, config.d_model, config.norm, config.residual, index)
             except ConfigError as error:
                 raise ConfigError(f"layers[{i}]: {error}") from None
+            index += len(block.connections())
             if layer.shared is not None:
                 shared[layer.shared] = block
             yield block
@@ -366,11 +391,20 @@ class Backbone(nn.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         context = Context(positions, valid, documents, embeddings=x, memory=memory)
+        ends = self._ends()
+        x = x if ends is None else ends.widen(x)
         for i, block in enumerate(self.layers):
             x = block(x, None if state is None else state[i], context)
         if state is not None:
             state.length += t
+        x = x if ends is None else ends.narrow(x)
         return x if self.final_norm is None else self.final_norm(x)
+
+    def _ends(self) -> nn.Module | None:
+        """A connection, to go from one stream to several and back; None where there is one throughout."""
+        if self.config.residual is None:
+            return None
+        return next((connection for block in self.layers for connection in block.connections()), None)
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         """How many numbers the model holds; a weight used twice counts once."""

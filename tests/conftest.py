@@ -3,7 +3,9 @@
 from jaxtyping import install_import_hook
 
 # The modules whose signatures carry shapes; `generate` answers a wrong one with an error of its own.
-CHECKED = ("attention", "context", "data", "ffn", "hybrid", "model", "moe", "norm", "position", "ssm", "train")
+CHECKED = (
+    "attention", "context", "data", "ffn", "hybrid", "model", "moe", "norm", "position", "residual", "ssm", "train",
+)  # fmt: skip
 hook = install_import_hook([f"llmlib.{module}" for module in CHECKED], "typechecked.check")
 
 import pytest  # noqa: E402 (the hook must come before the first import of llmlib)
