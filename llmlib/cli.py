@@ -6,7 +6,14 @@ import os
 import sys
 from pathlib import Path
 
-from llmlib.errors import CheckpointError, ConfigError, CorpusError, TrainingError, UnsupportedArchitectureError
+from llmlib.errors import (
+    CheckpointError,
+    ConfigError,
+    CorpusError,
+    TrainingError,
+    UnsupportedArchitectureError,
+    require,
+)
 
 BOOK_MODEL = Path(__file__).parent / "book_model"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,31 +47,31 @@ def parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="continue a text")
     generate.add_argument("words", nargs="*", metavar="MODEL PROMPT", help="a folder or hub name, then prompts")
     generate.add_argument("--preset", action="store_true", help="use the small model trained in the book: prompts only")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most so many (default 64)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
     generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
     generate.add_argument("--top-p", type=float, metavar="P", help="draw among those that make up probability P")
     generate.add_argument("--seed", type=int, help="the same seed draws the same text")
-    generate.add_argument("--dtype", choices=DTYPES, default="float32")
+    generate.add_argument("--dtype", choices=DTYPES, default="float32", help="what to compute in (default float32)")
     generate.add_argument("--device", help="cpu, cuda, mps (default: cpu)")
     generate.add_argument("--json", action="store_true", help="print one JSON object for each prompt")
     generate.set_defaults(run=run_generate)
 
     compare = commands.add_parser("compare", help="what differs between two models")
-    compare.add_argument("one")
-    compare.add_argument("other")
+    compare.add_argument("one", help="a preset, a checkpoint's folder, a hub name, or a YAML file")
+    compare.add_argument("other", help="what to compare it with, named likewise")
     compare.add_argument("--svg", metavar="FILE", help="also write the table as SVG")
-    compare.add_argument("--json", action="store_true")
+    compare.add_argument("--json", action="store_true", help="print one JSON list instead of text")
     compare.set_defaults(run=run_compare)
 
     train = commands.add_parser("train", help="train a model from a YAML config, on bytes")
     train.add_argument("config", help="a YAML file: a ModelConfig with vocab_size 256, or the compact form")
     train.add_argument("--data", help="a text file or folder (default: Python's own standard library)")
-    train.add_argument("--steps", type=int, default=500)
-    train.add_argument("--batch-size", type=int, default=16)
+    train.add_argument("--steps", type=int, default=500, help="optimiser steps in all (default 500)")
+    train.add_argument("--batch-size", type=int, default=16, help="examples in each step (default 16)")
     train.add_argument("--time", type=int, default=128, help="tokens in each example (default 128)")
-    train.add_argument("--learning-rate", type=float, default=3e-3)
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--learning-rate", type=float, default=3e-3, help="the highest (default 0.003)")
+    train.add_argument("--seed", type=int, default=0, help="of the first weights and of the examples (default 0)")
     train.add_argument("--out", default="checkpoints/run.pt", help="checkpoint to write, and to resume from")
     train.set_defaults(run=run_train)
     return top
@@ -113,13 +120,26 @@ def _from_yaml(path: Path):
 
 def run_info(options) -> None:
     """Print what a model is made of, and what it costs."""
+    for name in ("context", "batch"):
+        value = getattr(options, name)
+        require(value >= 1, f"--{name} is {value}, and must be at least 1")
     config = config_of(options.model)
     facts = describe(config, options.context, options.batch, options.dtype)
     if options.svg:
         from llmlib.diagram import diagram
 
-        diagram(config).save(options.svg)
+        write_svg(diagram(config), options.svg)
     print(json.dumps(facts, indent=2) if options.json else as_text(config, facts))
+
+
+def write_svg(drawing, file: str) -> None:
+    """Save a drawing, or say why not."""
+    try:
+        drawing.save(file)
+    except OSError as error:
+        raise ConfigError(
+            f"--svg {file} can't be written ({error.strerror}): give a file in a folder that is there"
+        ) from None
 
 
 def describe(config, context: int, batch: int, dtype: str) -> dict:
@@ -177,55 +197,86 @@ def run_generate(options) -> None:
         )  # fmt: skip
     if not prompts:
         raise ConfigError('there is no prompt: put it in quotes after the model, "The capital city of France is"')
-    model, tokenizer, end = open_model(BOOK_MODEL if options.preset else options.words[0], options)
+    model, tokenizer, ends = open_model(BOOK_MODEL if options.preset else options.words[0], options)
     encoded = [tokenizer.encode(p) for p in prompts]
     for prompt, tokens in zip(prompts, encoded, strict=True):
         if not tokens:
             raise ConfigError(f"the prompt {prompt!r} has no tokens: write at least one character")
     settings = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p,
-                "seed": options.seed, "stop": end}  # fmt: skip
-    printer = Printer(tokenizer, prompts[0], encoded[0], end) if len(prompts) == 1 and not options.json else None
+                "seed": options.seed, "stop": ends}  # fmt: skip
+    printer = Printer(tokenizer, prompts[0], encoded[0], ends) if len(prompts) == 1 and not options.json else None
     rows = model.generate(encoded, options.max_new_tokens, stream=printer, **settings)
     if printer is not None:
         printer.finish()
         return
     for prompt, tokens, row in zip(prompts, encoded, rows, strict=True):
-        new = [t for t in row.tolist()[len(tokens) :] if t != end]
+        new = [t for t in row.tolist()[len(tokens) :] if t not in ends]
         text = tokenizer.decode([*tokens, *new])
         print(json.dumps({"prompt": prompt, "text": text, "tokens": new}) if options.json else text)
 
 
 def open_model(source, options):
-    """(model, tokenizer, the token that ends a text) of a checkpoint."""
+    """(model, tokenizer, the tokens that end a text) of a checkpoint."""
     import torch
 
     from llmlib.hf import find, load
-    from llmlib.hf.checkpoint import read_json
     from llmlib.tokenizer import load_tokenizer
 
+    check_device(options.device)
     try:
         folder = find(source)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}. Or run the small model that the book trains: python -m llmlib generate --preset PROMPT"
+            f"{preset_advice(source)}{error}. Or run the small model that the book trains: python -m llmlib generate "
+            f"--preset PROMPT"
         ) from None
     model = load(folder, device=options.device, dtype=getattr(torch, options.dtype))
-    end = read_json(folder / "config.json").get("eos_token_id")
-    end = end[0] if isinstance(end, list) else end
-    return model, load_tokenizer(folder, end), end
+    return model, load_tokenizer(folder), ends_of(folder)
+
+
+def preset_advice(source) -> str:
+    """What to say of a name that is a preset's: sizes are known, weights are not."""
+    from llmlib import presets
+
+    if source not in presets.PRESETS:
+        return ""
+    return (f"{source!r} is a preset, which has sizes and no weights: give a folder or hub name that has them, such as "
+            f"openai-community/gpt2. ")  # fmt: skip
+
+
+def check_device(name: str | None) -> None:
+    """ConfigError unless a tensor can be made there."""
+    import torch
+
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} can't be used here ({reason}): cpu always can") from None
+
+
+def ends_of(folder: Path) -> set[int]:
+    """The tokens that end a text, from generation_config.json if it says so, or else from config.json."""
+    from llmlib.hf.checkpoint import read_json
+
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        ends = read_json(file).get("eos_token_id") if file.exists() else None
+        if ends is not None:
+            return set(ends) if isinstance(ends, list) else {ends}
+    return set()
 
 
 class Printer:
     """Prints one text as its tokens come, holding back bytes that don't make a character yet."""
 
-    def __init__(self, tokenizer, prompt: str, tokens: list[int], end: int | None):
-        self.tokenizer, self.tokens, self.end = tokenizer, list(tokens), end
+    def __init__(self, tokenizer, prompt: str, tokens: list[int], ends: set[int]):
+        self.tokenizer, self.tokens, self.ends = tokenizer, list(tokens), ends
         self.shown, self.prompt = tokenizer.decode(tokens), prompt
 
     def __call__(self, column) -> None:
         self._begin()
         token = column[0].item()
-        if token == self.end:
+        if token in self.ends:
             return
         self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens)
@@ -251,7 +302,7 @@ def run_compare(options) -> None:
 
     one, other = config_of(options.one), config_of(options.other)
     if options.svg:
-        difference_table(one, other).save(options.svg)
+        write_svg(difference_table(one, other), options.svg)
     rows = difference(one, other)
     if options.json:
         print(json.dumps([dict(zip(("what", options.one, options.other), row, strict=True)) for row in rows], indent=2))

@@ -1,6 +1,6 @@
 """Sampling from anything that maps tokens and a state to logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,14 +45,14 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
-    stop: int | None = None,
+    stop: int | Collection[int] | None = None,
     stream: Callable[[Tensor], None] | None = None,
 ) -> Int[Tensor, "b total"] | list[Tensor]:
     """Continue each prompt by `max_new_tokens`, keeping the model's state so that each token is read once.
 
     model   has `new_state(reserve)`, `hidden(tokens, state, valid=…)`, `logits(hidden)`, `config.vocab_size`
     tokens  (b t), or a list of prompts of any lengths, which are padded on the left and come back as a list
-    stop    a token that ends a sequence; what follows it repeats it, and a list is cut after it
+    stop    a token that ends a sequence, or several; what follows one repeats it, and a list is cut after it
     stream  is called with each new column of tokens (b)
     Returns the prompts and what was added. Raises ConfigError for settings out of range and for unknown tokens.
     """
@@ -62,11 +62,9 @@ def generate(
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     b, t = prompts.shape
     out = torch.cat([prompts, prompts.new_zeros(b, max_new_tokens)], 1)
-    state, done, was_training = (
-        model.new_state(t + max_new_tokens),
-        torch.zeros(b, dtype=torch.bool, device=device),
-        model.training,
-    )
+    state, was_training = model.new_state(t + max_new_tokens), model.training
+    stops = torch.as_tensor([stop] if isinstance(stop, int) else sorted(stop or ()), dtype=torch.long, device=device)
+    done = torch.zeros(b, dtype=torch.bool, device=device)
     model.eval()
     try:
         new = prompts
@@ -74,19 +72,19 @@ def generate(
             context = {} if valid is None else {"valid": valid[:, :i]}
             hidden = model.hidden(new, state, **context)[:, -1]
             token = sample(model.logits(hidden), temperature, top_k, top_p, generator)
-            if stop is not None:
-                token = torch.where(done, stop, token)
-                done |= token == stop
+            if len(stops):
+                token = torch.where(done, out[:, i - 1], token)
+                done |= torch.isin(token, stops)
             out[:, i] = token
             new = token[:, None]
             if stream is not None:
                 stream(token)
-            if stop is not None and done.all():
-                out[:, i + 1 :] = stop
+            if len(stops) and done.all():
+                out[:, i + 1 :] = new
                 break
     finally:
         model.train(was_training)
-    return out if isinstance(tokens, Tensor) else _unpad(out, valid, t, stop)
+    return out if isinstance(tokens, Tensor) else _unpad(out, valid, t, stops)
 
 
 def _prompts(tokens, device) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b total"] | None]:
@@ -131,13 +129,11 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
     )
 
 
-def _unpad(out, valid, t, stop) -> list[Tensor]:
+def _unpad(out, valid, t, stops) -> list[Tensor]:
     rows = list(out) if valid is None else [row[start:] for row, start in zip(out, valid.start.tolist(), strict=True)]
-    if stop is None:
-        return rows
     cut = []
     for row in rows:
         generated = row[len(row) - (out.shape[1] - t) :]
-        at = (generated == stop).nonzero()
+        at = torch.isin(generated, stops).nonzero()
         cut.append(row if len(at) == 0 else row[: len(row) - len(generated) + at[0, 0] + 1])
     return cut

@@ -10,7 +10,7 @@ from llmlib.errors import CheckpointError, require
 class ByteTokenizer:
     """Every byte of UTF-8 is a token: 256 of them, nothing to train, and nothing that can't be written."""
 
-    vocab_size, end = VOCAB_SIZE, None
+    vocab_size = VOCAB_SIZE
 
     def encode(self, text: str) -> list[int]:
         """The bytes of `text`."""
@@ -28,9 +28,8 @@ class BPETokenizer:
     and again, so that any text can be written and frequent text is short.
     """
 
-    def __init__(self, tokenizer, end: int | None = None):
-        self._tokenizer, self.end = tokenizer, end
-        self.vocab_size = tokenizer.get_vocab_size()
+    def __init__(self, tokenizer):
+        self._tokenizer, self.vocab_size = tokenizer, tokenizer.get_vocab_size()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
@@ -47,12 +46,12 @@ class BPETokenizer:
         return cls(tokenizer)
 
     @classmethod
-    def load(cls, file: str | Path, end: int | None = None) -> "BPETokenizer":
+    def load(cls, file: str | Path) -> "BPETokenizer":
         """Read a tokenizer.json."""
         from tokenizers import Tokenizer
 
         try:
-            return cls(Tokenizer.from_file(str(file)), end)
+            return cls(Tokenizer.from_file(str(file)))
         except Exception as error:  # noqa: BLE001  (the library raises plain Exception)
             raise CheckpointError(f"{file} can't be read as a tokenizer ({error})") from None
 
@@ -61,11 +60,11 @@ class BPETokenizer:
         self._tokenizer.save(str(file))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, without special tokens around them."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of a prompt, with the special tokens that this model puts around one (a beginning of text, say)."""
+        return self._tokenizer.encode(text, add_special_tokens=True).ids
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text."""
+        """The text, without special tokens."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
@@ -73,26 +72,26 @@ class _FromTransformers:
     """A tokenizer that exists only in an older format, which `transformers` reads."""
 
     def __init__(self, tokenizer):
-        self._tokenizer, self.vocab_size, self.end = tokenizer, len(tokenizer), tokenizer.eos_token_id
+        self._tokenizer, self.vocab_size = tokenizer, len(tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, without special tokens around them."""
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        """Token ids of a prompt, with the special tokens that this model puts around one."""
+        return self._tokenizer.encode(text, add_special_tokens=True)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text."""
+        """The text, without special tokens."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
-def load_tokenizer(folder: str | Path, end: int | None = None):
+def load_tokenizer(folder: str | Path):
     """The tokenizer of a checkpoint's folder: tokenizer.json, or the older files through `transformers`.
 
-    `end` is the token that ends a text. A folder of a byte-level model (vocabulary 256) without any of these files gets
+    A folder of a byte-level model (vocabulary 256) without any of these files gets
     `ByteTokenizer` from its caller; here a missing tokenizer is a CheckpointError that says what to add.
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").exists():
-        return BPETokenizer.load(folder / "tokenizer.json", end)
+        return BPETokenizer.load(folder / "tokenizer.json")
     older = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()]
     if not older:
         raise CheckpointError(f"{folder} has no tokenizer.json: copy the model's tokenizer files beside its weights")

@@ -219,6 +219,9 @@ def scale_weights_(model) -> None:
             p.normal_(0, 1.0 if embedding else 1.3 / math.sqrt(fan_in))
         elif not name.endswith(("A_log", "dt_bias", "dt_proj.bias")):
             p.add_(torch.randn_like(p) * 0.3)
+    for name, b in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            b.normal_(0, 0.3)
 
 
 @functools.cache
@@ -228,6 +231,28 @@ def saved(case: str, folder: Path) -> tuple[object, Path]:
     place = folder / case
     model.save_pretrained(place)
     return model, place
+
+
+SMALLEST = {kind: keys for kind, keys in reversed(CASES.values())}  # the first case of each family
+
+
+def published(kind: str, keys: dict, folder: Path, spelling: str = "raw"):
+    """transformers' model of a config.json with just these keys, saved beside it.
+
+    spelling  "raw": config.json stays as it is given here; "saved": as save_pretrained writes it anew
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir()
+    text = json.dumps({"model_type": kind} | {k: v for k, v in keys.items() if v is not None})
+    (folder / "config.json").write_text(text)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager")
+    scale_weights_(model.eval().float())
+    model.save_pretrained(folder)
+    if spelling == "raw":
+        (folder / "config.json").write_text(text)
+    return model
 
 
 def edit_config(folder: Path, **changes) -> None:

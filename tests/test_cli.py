@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmlib import presets
-from llmlib.cli import BOOK_MODEL, main, short
+from llmlib.cli import BOOK_MODEL, main, parser, short
 from llmlib.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 
 TEXT = "def read(path):\n    return path.read_text()\n" * 50
@@ -84,6 +84,69 @@ def open_book():
     return load(BOOK_MODEL), load_tokenizer(BOOK_MODEL)
 
 
+@pytest.fixture(scope="module")
+def begins(tmp_path_factory):
+    """A tiny Llama whose tokenizer puts <s> before a text and ends it with </s>; also transformers' view of both."""
+    from tokenizers.processors import TemplateProcessing
+
+    theirs, folder = families.saved("llama", tmp_path_factory.mktemp("begins"))
+    special = {"<s>": 0, "</s>": 1}
+    tokenizer = small_tokenizer(list(special))
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=list(special.items()))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return theirs, tokenizer, folder
+
+
+def small_tokenizer(special):
+    """Characters as tokens: enough of them for the 97 of the tiny models."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocabulary = {token: i for i, token in enumerate([*special, *(chr(33 + i) for i in range(94)), " "])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.add_special_tokens(special)
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def greedy(theirs, tokens, **options):
+    x = torch.tensor([tokens])
+    options |= {"do_sample": False, "max_new_tokens": 30, "pad_token_id": 0}
+    return theirs.generate(x, attention_mask=torch.ones_like(x), **options)[0]
+
+
+def test_a_prompt_begins_as_the_model_was_trained_to_expect(capsys, begins):
+    theirs, tokenizer, folder = begins
+    families.edit_config(folder, eos_token_id=None)
+    (folder / "generation_config.json").write_text('{"_from_model_config": true}')
+    for prompt in ("the end", "x"):
+        tokens = tokenizer.encode(prompt).ids
+        assert tokens[0] == 0
+        expected = tokenizer.decode(greedy(theirs, tokens, eos_token_id=None).tolist(), skip_special_tokens=True)
+        _, out, _ = run(capsys, "generate", folder, prompt, "--max-new-tokens", 30)
+        assert out == expected + "\n"
+        _, out, _ = run(capsys, "generate", folder, prompt, "--max-new-tokens", 30, "--json")
+        assert json.loads(out)["text"] == expected
+
+
+def test_any_of_several_tokens_ends_a_text(capsys, begins):
+    """generation_config.json says which; config.json does where that says nothing."""
+    theirs, tokenizer, folder = begins
+    tokens = tokenizer.encode("the end").ids
+    free = greedy(theirs, tokens, eos_token_id=None).tolist()[len(tokens) :]
+    late, early, other = free[12], free[4], next(t for t in range(97) if t not in free)
+    for first, second, ends in (
+        ([other, early], late, [other, early]), (early, late, [early]), (None, [late, other], [late, other]),
+    ):  # fmt: skip
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": first, "top_k": 5}))
+        families.edit_config(folder, eos_token_id=second)
+        expected = greedy(theirs, tokens, eos_token_id=ends).tolist()[len(tokens) : -1]
+        assert len(expected) < 30 - 1
+        _, out, _ = run(capsys, "generate", folder, "the end", "--max-new-tokens", 30, "--json")
+        assert json.loads(out)["tokens"] == expected
+        _, out, _ = run(capsys, "generate", folder, "the end", "--max-new-tokens", 30)
+        assert out == tokenizer.decode([*tokens, *expected]) + "\n"
+
+
 def test_a_batch_of_prompts_and_json(capsys):
     prompts = ["import os", "class A:", "for i in"]
     options = ["--max-new-tokens", 8, "--temperature", 0.9, "--top-k", 20, "--top-p", 0.9, "--seed", 3]
@@ -121,6 +184,16 @@ def test_the_model_trained_in_the_book_writes_python():
         (["generate", "--preset"], "there is no prompt"),
         (["generate", "--preset", ""], "has no tokens"),
         (["generate", "--preset", "x", "--temperature", "-1"], "temperature is -1"),
+        (["generate", "--preset", "x", "--device", "potato"], "--device potato can't be used here"),
+        (["generate", "--preset", "x", "--device", "meta"], "--device meta can't be used here"),
+        (
+            ["generate", "llama-3-8b", "hello"],
+            "'llama-3-8b' is a preset, which has sizes and no weights: give a folder",
+        ),
+        (["info", "gpt2", "--batch", "0"], "--batch is 0, and must be at least 1"),
+        (["info", "gpt2", "--context", "-3"], "--context is -3, and must be at least 1"),
+        (["info", "gpt2", "--svg", "none/a.svg"], "--svg none/a.svg can't be written (No such file or directory)"),
+        (["compare", "gpt2", "llama-3-8b", "--svg", "none/a.svg"], "--svg none/a.svg can't be written"),
     ],
 )
 def test_mistakes_are_one_line_on_stderr(arguments, message, capsys, monkeypatch, tmp_path):
@@ -158,6 +231,26 @@ def test_the_module_runs_and_its_help_reads_well():
     for word in ("info", "generate", "compare", "train", "examples:", "The capital city of France is"):
         assert word in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(capsys):
+    status, out, err = run(capsys, "generate", "--preset", "x", "--device", "cuda")
+    assert (status, out) == (2, "")
+    assert "--device cuda can't be used here" in err
+
+
+@pytest.mark.parametrize("command", ["info", "generate", "compare", "train"])
+def test_the_help_of_a_command_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    choices = next(a.choices for a in parser()._actions if a.choices)
+    for action in choices[command]._actions:
+        assert action.help, action.dest
+        assert all(name in shown for name in action.option_strings)
 
 
 def test_bpe_is_lossless_and_shorter_than_bytes(tmp_path):

@@ -103,6 +103,19 @@ def test_stop_ends_a_sequence(model):
     assert [len(row) for row in as_list] == [25 if at is None else 6 + at for at in first]
 
 
+def test_several_tokens_may_stop_a_sequence(model):
+    """Each row ends at its first stop, whichever it is, and repeats that one."""
+    free = model.generate(prompts(), 20)
+    stop = {free[0, 9].item(), free[1, 12].item()}
+    stopped = model.generate(prompts(), 20, stop=stop)
+    cut = model.generate([p.tolist() for p in prompts()], 20, stop=stop)
+    for row, before, shorter in zip(stopped.tolist(), free.tolist(), cut, strict=True):
+        end = next((i for i in range(5, 25) if before[i] in stop), 24)
+        assert row == before[: end + 1] + (24 - end) * [before[end]]
+        assert shorter.tolist() == before[: end + 1]
+    assert torch.equal(model.generate(prompts(), 20, stop=()), free)
+
+
 def test_stream_sees_each_token_as_it_comes(model):
     columns = []
     out = model.generate(prompts(), 7, stream=columns.append)

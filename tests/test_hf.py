@@ -1,9 +1,12 @@
 """Checkpoints of published families give the logits of transformers, the reference implementation."""
 
 import json
+import pickle
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import families
 import pytest
@@ -95,6 +98,139 @@ def shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+@torch.no_grad()
+def assert_read_as_the_reference(kind, keys, spelling, tmp_path):
+    theirs = families.published(kind, keys, tmp_path / "published", spelling)
+    mine = load(tmp_path / "published")
+    assert mine.num_parameters() == theirs.num_parameters()
+    for t in (1, 40):
+        assert_same_logits(mine(tokens(t=t)), theirs(tokens(t=t), use_cache=False).logits)
+
+
+@pytest.mark.parametrize("kind", families.SMALLEST)
+def test_a_config_with_only_the_required_keys(kind, tmp_path):
+    """What a file leaves out takes the value that the reference gives it."""
+    assert_read_as_the_reference(kind, families.SMALLEST[kind], "raw", tmp_path)
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 8}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+V3_LEFT_OUT = dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"))
+# Keys that change the result in a way of their own, or that look as if they did.
+KEYS = [
+    ("deepseek_v2", {"hidden_act": "gelu"}), ("deepseek_v3", {"hidden_act": "relu"}),
+    ("deepseek_v2", {"mlp_bias": True}), ("nemotron_h", {"mlp_bias": True}),
+    ("nemotron_h", {"mlp_bias": True, "moe_latent_size": 12}),
+    *[(kind, {"sliding_window": 8}) for kind in ("qwen2", "qwen3", "qwen3_moe")],
+    *[(kind, WINDOW) for kind in ("qwen2", "qwen3", "qwen3_moe")],
+    *[(kind, WINDOW | {"max_window_layers": 1}) for kind in ("qwen2", "qwen3", "qwen3_moe")],
+    ("qwen3_moe", WINDOW | {"max_window_layers": 3}),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}),
+    ("deepseek_v3", V3_LEFT_OUT | {"n_routed_experts": 16, "num_hidden_layers": 4}),
+    ("gpt_oss", {"rope_theta": 100.0}),
+    ("falcon", {"rope_scaling": {"type": "linear", "factor": 4.0}}), ("falcon", {"rope_scaling": YARN}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}, "rope_scaling": YARN}),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    ("gemma3_text", {"_sliding_window_pattern": 3}), ("gemma3_text", {"sliding_window_pattern": 3}),
+    ("gpt_neox", {"rotary_emb_base": 100, "rotary_pct": 1.0}), ("phi", {"partial_rotary_factor": 0.25}),
+    ("nemotron_h", {"hybrid_override_pattern": None,
+                    "layers_block_type": ["mamba", "attention", "mlp", "moe", "mamba"]}),
+    # published keys that nothing reads
+    ("gpt2", {"n_special": 0, "predict_special_tokens": True, "output_past": True, "_num_labels": 1}),
+    ("mpt", {"tokenizer_name": "EleutherAI/gpt-neox-20b"}), ("gemma2", {"cache_implementation": "hybrid"}),
+    ("gpt_neox", {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1}),
+    ("jamba", {"mamba_inner_layernorms": True}), ("bamba", {"partial_rotary_factor": 0.5, "attn_rotary_emb": 4}),
+    ("nemotron_h", {"layer_norm_epsilon": 0.1, "rms_norm_eps": 0.5}), ("bloom", {"slow_but_exact": False}),
+    ("llama", {"partial_rotary_factor": 1.0}),
+]  # fmt: skip
+
+
+def name_of(value):
+    return value if isinstance(value, str) else ",".join(value)
+
+
+@pytest.mark.parametrize("spelling", ["raw", "saved"])
+@pytest.mark.parametrize(("kind", "keys"), KEYS, ids=name_of)
+def test_keys_mean_what_the_reference_takes_them_to_mean(kind, keys, spelling, tmp_path):
+    assert_read_as_the_reference(kind, families.SMALLEST[kind] | keys, spelling, tmp_path)
+
+
+HALF = {"partial_rotary_factor": 0.5}
+WEIRD = ["weird"] * 4
+# Keys that ask for what the reference doesn't do, or does and llmlib doesn't: never a guess, always the key's name.
+REFUSED = [
+    *[(case, {"hidden_act": "gelu"}, "hidden_act is 'gelu'") for case in ("jamba", "bamba")],
+    *[(case, HALF, "partial_rotary_factor is 0.5")
+      for case in ("llama", "falcon-7b-style", "mixtral", "gemma3", "granite")],
+    ("llama", {"rope_parameters": {"rope_type": "default"} | HALF}, "partial_rotary_factor is 0.5"),
+    ("bamba", {"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
+    ("gpt_neox", {"rope_parameters": None, "rope_theta": 77.0}, "rope_theta is 77.0"),
+    ("gpt_neox", {"rope_parameters": None} | HALF, "partial_rotary_factor is 0.5"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "factor": 8.0}}, "'default' has unknown options {'factor'"),
+    ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 50.0}}}, "unknown options {'full_attention'"),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"factor": 8.0}}, "unknown options {'factor': 8.0}"),
+    ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters is 'rope_type'"),
+    ("gemma3", {"rope_parameters": {"full_attention": YARN | {"truncate": False}}}, "unknown options {'truncate'"),
+    ("gemma3", {"rope_parameters": {"full_attention": YARN}, "original_max_position_embeddings": 8}, "original_max"),
+    ("gemma3", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping is 2.0"),
+    *[(case, {"layer_types": WEIRD}, "layer_types is 'weird'")
+      for case in ("qwen2", "gemma2", "gemma3", "gpt_oss", "granitemoehybrid")],
+    ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "layer_types is 'sliding_attention'"),
+    ("zamba2", {"layers_block_type": WEIRD}, "layers_block_type is 'weird'"),
+    ("nemotron_h", {"layer_types": None, "layers_block_type": None, "hybrid_override_pattern": "MX"},
+     "hybrid_override_pattern is 'X'"),
+    ("bloom", {"slow_but_exact": True}, "slow_but_exact is True"),
+    ("jamba", {"mamba_inner_layernorms": False}, "mamba_inner_layernorms is False"),
+    ("nemotron_h", {"layer_norm_epsilon": None, "rms_norm_eps": 0.1}, "rms_norm_eps = 0.1"),
+    ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    ("deepseek_v3", {"mlp_bias": True}, "mlp_bias is True"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "changes", "message"), REFUSED, ids=name_of)
+def test_keys_that_are_refused_by_name(case, changes, message, checkpoints, tmp_path):
+    folder = copied(checkpoints, tmp_path, case, **changes)
+    with pytest.raises(UnsupportedArchitectureError, match=re.escape(message)) as refusal:
+        load(folder)
+    assert str(folder / "config.json") in str(refusal.value)
+
+
+# Values that fit nowhere: each is blamed on the file, in the words of whoever noticed.
+MISFITS = [
+    ("llama", {"num_key_value_heads": 3}, "num_heads = 4 must be a multiple of num_kv_heads = 3"),
+    ("llama", {"num_attention_heads": 0}, "num_heads is 0"),
+    ("llama", {"num_attention_heads": 4.0}, "wrong type or size"),
+    ("llama", {"num_attention_heads": "4"}, "wrong type or size"),
+    ("llama", {"vocab_size": -1}, "vocab_size is -1"),
+    ("llama", {"head_dim": 0}, "head_dim is 0, and must be above 0"),
+    ("llama", {"head_dim": 7}, "its width must be even"),
+    ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', and must be a number"),
+    ("llama", {"attention_bias": "no"}, "attention_bias is 'no', and must be true or false"),
+    ("llama", {"rope_parameters": "x"}, "wrong type or size"),
+    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "'factor'"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0.0"),
+    ("mpt", {"attn_config": [1]}, "wrong type or size"),
+    ("granitemoehybrid", {"logits_scaling": 0}, "wrong type or size"),
+    ("mixtral", {"num_experts_per_tok": 9}, "top_k is 9"),
+    ("zamba2", {"mamba_expand": 3}, "d_model · expand must equal"),
+    ("qwen2-windows", {"sliding_window": 0}, "window is 0"),
+]
+
+
+@pytest.mark.parametrize(("case", "changes", "message"), MISFITS, ids=name_of)
+def test_values_that_do_not_fit_are_blamed_on_the_file(case, changes, message, checkpoints, tmp_path):
+    folder = copied(checkpoints, tmp_path, case, **changes)
+    with pytest.raises(CheckpointError, match=re.escape(message)) as refusal:
+        load(folder)
+    assert str(folder / "config.json") in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", [["llama"], {"a": 1}, 3, True])
+def test_a_model_type_that_is_no_name(kind, checkpoints, tmp_path):
+    with pytest.raises(UnsupportedArchitectureError, match="model_type is"):
+        load(copied(checkpoints, tmp_path, model_type=kind))
+
+
 def test_every_family_has_a_case():
     assert {kind for kind, _ in families.CASES.values()} == set(FAMILIES)
 
@@ -144,6 +280,24 @@ def test_half_weights_are_computed_in_the_type_asked_for(stored, checkpoints, tm
     assert half(tokens()).dtype == torch.float32
 
 
+def edit_index(folder, edit):
+    """Shard a checkpoint and rewrite its index's map by edit(map)."""
+    shard(folder)
+    file = folder / "model.safetensors.index.json"
+    places = json.loads(file.read_text())["weight_map"]
+    edit(places)
+    file.write_text(json.dumps({"weight_map": places}))
+
+
+def place_head_in(shard_name):
+    return lambda folder: edit_index(folder, lambda places: places.update({"lm_head.weight": shard_name}))
+
+
+def lose_head(folder):
+    edit_tensors(folder, lambda t: t.pop("lm_head.weight"))
+    shard(folder)
+
+
 def broken_files():
     """Ways to break a folder, and what the error must say."""
 
@@ -182,6 +336,13 @@ def broken_files():
         "shard gone": (lose_shard, "names the shard model-00002-of-00002.safetensors"),
         "index empty": (empty_index, "index.json holds no JSON object"),
         "index wrong": (wrong_index, "holds 'lm_tail.weight', and it doesn't"),
+        "shard a number": (place_head_in(7), "index.json puts 'lm_head.weight' in 7, which is no file's name"),
+        "shard a list": (place_head_in(["a"]), r"index.json puts 'lm_head.weight' in \['a'\]"),
+        "shard outside": (
+            place_head_in("../out.safetensors"),
+            "index.json puts 'lm_head.weight' in '../out.safetensors'",
+        ),
+        "tensor gone": (lose_head, "index.json has no tensor 'lm_head.weight'"),
         "pickle": (pickle_only, "pytorch_model.bin holds pickled weights, which can run any code and are never opened"),
     }
 
@@ -195,14 +356,53 @@ def test_broken_files_are_named(what, checkpoints, tmp_path):
         load(folder)
 
 
+class Bomb:
+    """Unpickling it leaves a mark."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_pickle_files_are_never_opened(checkpoints, tmp_path):
+    mark = tmp_path / "mark"
+    folder = copied(checkpoints, tmp_path)
+    bomb = folder / "pytorch_model.bin"
+    bomb.write_bytes(pickle.dumps(Bomb(mark)))
+    pickle.loads(bomb.read_bytes())
+    assert mark.exists()
+    mark.unlink()
+    load(folder)
+    (folder / "model.safetensors").rename(tmp_path / "kept.safetensors")
+    with pytest.raises(CheckpointError, match="never opened"):
+        load(folder)
+    bomb.rename(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load(folder)
+    (folder / "model.safetensors").rename(bomb)
+    index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load(folder)
+    assert not mark.exists()
+
+
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda t: t.pop(K_PROJ), f"no tensor '{K_PROJ}', which layers.1.mixer.k_proj.weight is made from"),
-        (lambda t: t.update(extra=torch.ones(2)), "holds 1 tensor that this config has no place for: extra"),
+        (
+            lambda t: t.pop(K_PROJ),
+            f"model.safetensors has no tensor '{K_PROJ}', which layers.1.mixer.k_proj.weight is made from",
+        ),
+        (
+            lambda t: t.update(extra=torch.ones(2)),
+            "model.safetensors holds 1 tensor that this config has no place for: extra",
+        ),
         (lambda t: t.update({K_PROJ: t[K_PROJ].T}), r"has shape \(32, 16\); the config asks for \(16, 32\)"),
         (lambda t: t.update({K_PROJ: t[K_PROJ][:, :30]}), r"has shape \(16, 30\)"),
         (lambda t: t.update({K_PROJ: t[K_PROJ].to(torch.int8)}), "stored as I8.*use the unquantised"),
@@ -234,9 +434,9 @@ def test_a_fused_matrix_of_the_wrong_shape_is_named(checkpoints, tmp_path):
         ("llama", {"quantization_config": {"bits": 4}}, UnsupportedArchitectureError, "quantization_config"),
         ("llama", {"hidden_act": "mish"}, UnsupportedArchitectureError, "hidden_act is 'mish'"),
         ("llama", {"hidden_size": None}, CheckpointError, "has no 'hidden_size'"),
-        ("llama", {"hidden_size": "wide"}, ValueError, "d_model is 'wide'"),
+        ("llama", {"hidden_size": "wide"}, CheckpointError, "config.json: d_model is 'wide'"),
         ("llama", {"num_hidden_layers": "many"}, CheckpointError, "config.json: a value has the wrong type"),
-        ("llama", {"num_attention_heads": 5, "head_dim": None}, ValueError, "5"),
+        ("llama", {"num_attention_heads": 5, "head_dim": None}, CheckpointError, "config.json: .*num_heads = 5"),
         ("llama", {"rope_parameters": {"rope_type": "spiral"}}, UnsupportedArchitectureError, "'spiral' isn't known"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "twist": 1}},
          UnsupportedArchitectureError, "unknown options {'twist': 1}"),
@@ -379,6 +579,9 @@ FEATURES = [
     ("granitemoehybrid", {"num_experts_per_tok": 1}), ("nemotron_h", {"routed_scaling_factor": 1.0}),
     ("nemotron_h", {"time_step_min": 0.6}), ("nemotron_h", {"mlp_hidden_act": "silu"}),
     ("zamba2", {"hidden_act": "relu"}), ("zamba2-two-blocks", {"use_mem_rope": False}),
+    ("qwen3", {"rms_norm_eps": 0.1}), ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    ("olmo2", {"rms_norm_eps": 0.1}), ("olmo2", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    ("bloom", {"layer_norm_epsilon": 0.1}), ("deepseek_v2", {"hidden_act": "relu"}),
 ]  # fmt: skip
 
 
@@ -387,4 +590,29 @@ FEATURES = [
 def test_each_feature_of_a_case_matters(case, changes, checkpoints, tmp_path):
     on = load(families.saved(case, checkpoints)[1])(tokens())
     off = load(copied(checkpoints, tmp_path, case, **changes))(tokens())
+    assert (on - off).abs().max() / on.std() > 1e-2
+
+
+def copy_group(x):
+    """Mamba-2's B of the second group becomes that of the first: 64 rows of z, 64 of x, then 8 for each group's B."""
+    return x.index_copy(0, torch.arange(136, 144), x[128:136])
+
+
+# Features that no key switches off: the tensors that make them up, and what to make of those.
+WEIGHTS = [
+    ("qwen3", r"self_attn\.[qk]_norm", torch.ones_like), ("olmo2", r"self_attn\.[qk]_norm", torch.ones_like),
+    ("olmo2", "post_feedforward_layernorm", torch.ones_like), ("bloom", "word_embeddings_layernorm", torch.ones_like),
+    ("gpt_oss", "sinks", lambda x: x - 100), ("mamba2", r"in_proj\.weight", copy_group),
+    ("zamba2", "_adapter_list", torch.zeros_like), ("zamba2-two-blocks", r"linear_[qkv]_adapter", torch.zeros_like),
+    ("deepseek_v3", "e_score_correction_bias", torch.zeros_like),
+    ("nemotron_h", "e_score_correction_bias", torch.zeros_like),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "pattern", "edit"), WEIGHTS, ids=lambda x: x if isinstance(x, str) else "")
+@torch.no_grad()
+def test_each_weight_of_a_feature_matters(case, pattern, edit, checkpoints, tmp_path):
+    folder = copied(checkpoints, tmp_path, case)
+    edit_tensors(folder, lambda t: t.update({n: edit(x) for n, x in t.items() if re.search(pattern, n)}))
+    on, off = load(families.saved(case, checkpoints)[1])(tokens()), load(folder)(tokens())
     assert (on - off).abs().max() / on.std() > 1e-2

@@ -16,23 +16,24 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 class Checkpoint:
-    """The tensors of a folder by name. Nothing is read before `copy_` asks for it; pickle files are never opened."""
+    """The tensors of a folder by name. Nothing is read before `copy_` asks for it; pickle files are never opened.
+
+    listing  the file that says which tensors there are: the index of the shards, or the only file
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.files = self._find()
+        self.listing, self.files = self._find()
         self._open, self._handle, self._read = None, None, 0
 
-    def _find(self) -> dict[str, Path]:
+    def _find(self) -> tuple[Path, dict[str, Path]]:
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
         if index.exists():
-            return self._indexed(index)
-        if single.exists():
-            return {name: single for name in self._names(single)}
-        others = sorted(self.folder.glob("*.safetensors"))
+            return index, self._indexed(index)
+        others = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
         if len(others) == 1:
-            return {name: others[0] for name in self._names(others[0])}
+            return others[0], {name: others[0] for name in self._names(others[0])}
         pickles = [p.name for p in (*self.folder.glob("*.bin"), *self.folder.glob("*.pt"), *self.folder.glob("*.pth"))]
         remedy = (
             f"; {pickles[0]} holds pickled weights, which can run any code and are never opened: convert them to "
@@ -44,6 +45,9 @@ class Checkpoint:
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise CheckpointError(f"{index} has no 'weight_map' from tensors to files")
+        for name, shard in places.items():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise CheckpointError(f"{index} puts {name!r} in {shard!r}, which is no file's name in this folder")
         for shard in sorted(set(places.values())):
             if not (self.folder / shard).exists():
                 raise CheckpointError(f"{index} names the shard {shard}, and {self.folder} has no such file")

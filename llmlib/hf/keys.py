@@ -9,19 +9,23 @@ _REQUIRED = object()
 # Keys that say how a model was trained, packed or served, and don't change what it computes.
 HARMLESS = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout
-    attn_dropout attn_pdrop auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels architectures
+    attention_dropout attention_probs_dropout_prob attn_dropout attn_pdrop auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
     embedding_dropout encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout gradient_checkpointing id2label
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout
+    hidden_dropout_prob id2label
     initializer_range is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id
-    length_penalty max_length max_position_embeddings min_length model_type n_ctx n_positions name no_repeat_ngram_size
+    length_penalty max_length max_position_embeddings min_length model_type n_ctx n_positions n_special name
+    no_repeat_ngram_size
     num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_router_logits
-    output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads
+    output_past output_scores pad_token_id predict_special_tokens prefix pretraining_tp problem_type pruned_heads
     remove_invalid_values rescale_prenorm_residual residual_dropout resid_dropout resid_pdrop repetition_penalty
     return_dict return_dict_in_generate router_aux_loss_coef router_jitter_noise router_z_loss_coef sep_token_id
     seq_length summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
+    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class
+    tokenizer_name top_k top_p
     torch_dtype torchscript transformers_version typical_p unk_token_id use_bfloat16 use_cache use_mamba_kernels
     use_mambapy use_return_dict
     """.split()  # noqa: SIM905
@@ -38,11 +42,20 @@ class Keys:
         """The value of `name`, or of one of its other spellings. Null counts as absent."""
         self.read |= {name, *also}
         for key in (name, *also):
-            if self.data.get(key) is not None:
-                return self.data[key]
+            if (value := self.data.get(key)) is not None:
+                self._require_kind(key, value, default)
+                return value
         if default is _REQUIRED:
             raise CheckpointError(f"{self.file} has no {name!r}, which {self.data.get('model_type')!r} models need")
         return default
+
+    def _require_kind(self, name: str, value, default) -> None:
+        """A number must be a number and a flag a flag, going by the default."""
+        flag, number = isinstance(default, bool), isinstance(default, int | float)
+        if flag and value not in (True, False):
+            raise CheckpointError(f"{self.file}: {name} is {value!r}, and must be true or false")
+        if number and not isinstance(value, int | float):
+            raise CheckpointError(f"{self.file}: {name} is {value!r}, and must be a number")
 
     def nullable(self, name: str, default=None):
         """The value of a key for which null says something else than absence does."""
@@ -65,10 +78,18 @@ class Keys:
 
     def choice(self, name: str, table: dict, default: str | None = None):
         """The entry of `table` that `name` picks."""
-        value = self(name, default) if default is not None else self(name)
+        return self.look_up(name, self(name, default) if default is not None else self(name), table)
+
+    def each(self, name: str, table: dict, default=_REQUIRED) -> list:
+        """The entries of `table` that the list `name` picks, one for each layer."""
+        return [self.look_up(name, value, table) for value in self(name, default)]
+
+    def look_up(self, name: str, value, table: dict):
+        """The entry of `table` for a value that `name` has or holds."""
         if value not in table:
             raise UnsupportedArchitectureError(
-                f"{self.file}: {name} is {value!r}; llmlib knows {', '.join(map(str, table))}"
+                f"{self.file}: {name} is {value!r}; llmlib's {self.data.get('model_type')!r} knows "
+                f"{', '.join(map(str, table))}"
             )
         return table[value]
 
@@ -96,6 +117,7 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 _SCALING_OPTIONS = {
+    "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
@@ -105,40 +127,67 @@ _SCALING_OPTIONS = {
 _NEEDS_ORIGINAL = ("dynamic", "yarn", "longrope", "llama3")
 
 
-def rotary(c: Keys, head_dim: int, *, theta: float = 10000.0, fraction: float = 1.0, layer_type: str | None = None):
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def rotary(
+    c: Keys,
+    head_dim: int,
+    *,
+    theta: float = 10000.0,
+    fraction: float | None = None,
+    names: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
+    layer_type: str | None = None,
+) -> dict:
     """Options of `Attention` for rotary positions, from either spelling of them.
 
-    As published: `rope_theta`, `partial_rotary_factor` and `rope_scaling`. As transformers 5 writes it: all three in
-    `rope_parameters`, which may hold one entry for each type of layer.
+    As published: a base and a fraction under `names`, and `rope_scaling`. As transformers 5 writes it: all three in
+    `rope_parameters`; with a `layer_type`, in its entry there. Without a `fraction` the family always turns whole
+    heads, and a file that says otherwise is refused.
     """
-    given = dict(c("rope_parameters", {}))
-    c.ignore("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base")
-    if layer_type in given:
-        given = dict(given[layer_type] or {})
-    if not given:
-        given = dict(c("rope_scaling", {}))
-    base = given.pop("rope_theta", None) or c("rope_theta", theta, also=("rotary_emb_base",))
-    part = given.pop("partial_rotary_factor", None) or c("partial_rotary_factor", fraction, also=("rotary_pct",))
-    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
+    given = _rope_parameters(c, layer_type)
+    c.ignore(*names)
+    base, part = given.pop("rope_theta", None), given.pop("partial_rotary_factor", None)
+    base = c(names[0], theta) if base is None else base
+    part = c(names[1], 1.0 if fraction is None else fraction) if part is None else part
+    if fraction is None and part != 1:
+        raise UnsupportedArchitectureError(
+            f"{c.file}: {names[1]} is {part!r}, and {c.data.get('model_type')!r} always turns whole heads"
+        )
     options = {"rope_theta": float(base), "rope_dim": None if part == 1 else int(head_dim * part)}
-    if kind == "default":
-        return options
-    if kind == "su":
-        kind = "longrope"
+    scaling = _scaling(c, given, nested=layer_type is not None)
+    return options | ({"rope_scaling": scaling} if scaling else {})
+
+
+def _rope_parameters(c: Keys, layer_type: str | None) -> dict:
+    """The dict that describes the rotation, of one type of layer where they differ."""
+    given, scaling = dict(c("rope_parameters", {})), dict(c("rope_scaling", {}))
+    if layer_type is None:
+        return scaling or given
+    for name in given:
+        c.look_up("a key of rope_parameters", name, dict.fromkeys(LAYER_TYPES))
+    own = dict(given.get(layer_type) or {"rope_type": "default"})
+    return own | scaling if layer_type == "full_attention" else own
+
+
+def _scaling(c: Keys, given: dict, nested: bool) -> dict | None:
+    kind, older = given.pop("rope_type", None), given.pop("type", None)
+    kind = kind or older or "default"
+    kind = "longrope" if kind == "su" else kind
     if kind not in _SCALING_OPTIONS:
         raise UnsupportedArchitectureError(
             f"{c.file}: the rotary scaling {kind!r} isn't known; llmlib has {', '.join(_SCALING_OPTIONS)}"
         )
-    return options | {"rope_scaling": _scaling(c, kind, given)}
-
-
-def _scaling(c: Keys, kind: str, given: dict) -> dict:
-    length = c("max_position_embeddings")
-    original = given.pop("original_max_position_embeddings", None) or c("original_max_position_embeddings", length)
-    unknown = {k: v for k, v in given.items() if k not in _SCALING_OPTIONS[kind] and v is not None}
+    original = given.pop("original_max_position_embeddings", None)
+    known = set(_SCALING_OPTIONS[kind]) - ({"truncate"} if nested else set())  # which the reference reads outside only
+    unknown = {k: v for k, v in given.items() if k not in known and v is not None}
     if unknown:
         raise UnsupportedArchitectureError(f"{c.file}: the rotary scaling {kind!r} has unknown options {unknown}")
+    if kind == "default":
+        return None
+    length = c("max_position_embeddings")
+    if original is None:
+        original = length if nested else c("original_max_position_embeddings", length)
     scaling = {"type": kind, **{k: v for k, v in given.items() if v is not None}}
     if kind == "longrope":
         scaling.setdefault("factor", length / original)

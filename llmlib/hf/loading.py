@@ -1,14 +1,15 @@
 """`load`: a published checkpoint as a model, by its family's table."""
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from llmlib.errors import CheckpointError, UnsupportedArchitectureError
+from llmlib.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
 from llmlib.hf.checkpoint import Checkpoint, read_json
 from llmlib.hf.keys import Keys
 from llmlib.hf.tables import fill, place
@@ -58,7 +59,7 @@ def load(path_or_id: str | Path, device=None, dtype: torch.dtype = torch.float32
     folder = find(path_or_id)
     config, chosen = read_config(folder)
     source = Checkpoint(folder)
-    with torch.device("meta"):
+    with _blamed_on(folder / "config.json"), torch.device("meta"):
         model = CausalLM(config)
     model = model.to(dtype).to_empty(device=device or "cpu")
     fill_model(model, chosen, source)
@@ -95,17 +96,28 @@ def read_config(folder: Path) -> tuple[ModelConfig, Family]:
     file = Path(folder) / "config.json"
     data = read_json(file)
     kind = data.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnsupportedArchitectureError(
             f"{file}: model_type is {kind!r}; llmlib reads {', '.join(sorted(FAMILIES))}"
         )
     keys = Keys(data, file)
-    try:
+    with _blamed_on(file):
         config = FAMILIES[kind].read(keys)
-    except (TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{file}: a value has the wrong type ({error})") from None
     keys.finish()
     return config, FAMILIES[kind]
+
+
+@contextlib.contextmanager
+def _blamed_on(file: Path) -> Iterator[None]:
+    """Turn what goes wrong with a file's values into a CheckpointError that names it."""
+    try:
+        yield
+    except (CheckpointError, UnsupportedArchitectureError):
+        raise
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: a value has the wrong type or size ({error!r})") from None
 
 
 @torch.no_grad()
@@ -125,8 +137,8 @@ def fill_model(model: CausalLM, chosen: Family, source: Checkpoint) -> None:
         surplus = [n for n in surplus if not _repeats_embedding(n, model.embedding, source)]
     if surplus:
         raise CheckpointError(
-            f"{source.folder} holds {len(surplus)} tensor{'s' * (len(surplus) > 1)} that this config has no place for: "
-            f"{', '.join(sorted(surplus)[:4])}{' …' if len(surplus) > 4 else ''}"
+            f"{source.listing} holds {len(surplus)} tensor{'s' * (len(surplus) > 1)} that this config has no place for"
+            f": {', '.join(sorted(surplus)[:4])}{' …' if len(surplus) > 4 else ''}"
         )
 
 
@@ -152,7 +164,7 @@ class _Prefixed:
 
     def __post_init__(self):
         self.bare = not any(name.startswith(self.prefix) for name in self.source)
-        self.folder = self.source.folder
+        self.listing = self.source.listing
         self.files = {self._seen(name): file for name, file in self.source.files.items()}
 
     def _seen(self, name: str) -> str:

@@ -10,8 +10,6 @@ turn what is stored into what llmlib holds:
     grouped q      … of a matrix with, for each key/value head, its queries, its key and its value; likewise k, v
     part 0/2       the first of two equal parts along the rows; on a stack of experts `part1 0/2`, each expert's
     step 0/2       every second row, from the first; on a stack of experts `step1 0/2`
-    view           the same numbers in the shape that is wanted
-    minus one      1 less (a gain stored as 1 + w)
 """
 
 import re
@@ -68,7 +66,6 @@ STEPS: dict[str, Callable[[Tensor, str, nn.Module], Tensor]] = {
     "part1": lambda x, text, _: _fraction(x, text, 1),
     "step": lambda x, text, _: _step(x, text, 0),
     "step1": lambda x, text, _: _step(x, text, 1),
-    "minus": lambda x, _, __: x - 1,
 }
 
 
@@ -87,7 +84,7 @@ def fill(target: Tensor, row: str, i: int | None, owner: nn.Module, source: Chec
             yield from fill(target[e], " | ".join([name.replace("{e}", str(e)), *steps]), i, owner, source, ours)
         return
     if name not in source:
-        raise CheckpointError(f"{source.folder} has no tensor {name!r}, which {ours} is made from")
+        raise CheckpointError(f"{source.listing} has no tensor {name!r}, which {ours} is made from")
     source.require_floats(name)
     if not steps:
         _require_shape(source.shape(name), target, name, ours, source)
@@ -103,7 +100,7 @@ def _apply(steps: list[str], target: Tensor, name: str, owner: nn.Module, source
     try:
         for step in steps:
             word, _, text = step.partition(" ")
-            x = x.reshape(target.shape) if word == "view" else STEPS[word](x, text, owner)
+            x = STEPS[word](x, text, owner)
     except (RuntimeError, IndexError) as error:
         raise CheckpointError(
             f"{source.files[name]}: {name!r} has shape {stored}, from which {ours} {tuple(target.shape)} can't be cut "

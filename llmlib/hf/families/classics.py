@@ -89,6 +89,7 @@ def falcon(c: Keys) -> ModelConfig:
     parallel = c("parallel_attn", True) or new
     norms = c("num_ln_in_parallel_attn", None) or (2 if new else 1)
     c.ignore("rope_parameters", "rope_theta", "rope_scaling", "attention_softmax_in_fp32", "rotary", "multi_query")
+    c.presume("max_position_embeddings", 2048)
     if c("alibi", False):
         positions = {"position_bias": spec(ALiBi, bfloat16=True, scale=width**-0.5)}
     else:
@@ -102,7 +103,7 @@ def falcon(c: Keys) -> ModelConfig:
     return ModelConfig(
         vocab_size=c("vocab_size"), d_model=d_model, norm=spec(LayerNorm, eps=c("layer_norm_epsilon", 1e-5)),
         layers=c("num_hidden_layers", also=("n_layer",)) * (layer,), tie_embeddings=c("tie_word_embeddings", True),
-        max_seq_len=c("max_position_embeddings", 2048), name="falcon",
+        max_seq_len=c("max_position_embeddings"), name="falcon",
     )  # fmt: skip
 
 
@@ -124,8 +125,12 @@ NEOX = {
 def gpt_neox(c: Keys) -> ModelConfig:
     d_model, num_heads, bias = c("hidden_size"), c("num_attention_heads"), c("attention_bias", True)
     c.ignore("classifier_dropout", "num_labels")
+    names = ("rotary_emb_base", "rotary_pct")
+    turn = rotary(c, d_model // num_heads, fraction=0.25, names=names)
+    for name, own, default in zip(("rope_theta", "partial_rotary_factor"), names, (10000.0, 0.25), strict=True):
+        c.only(name, c(own, default))  # the reference reads these two only inside rope_parameters
     layer = Layer(
-        spec(Attention, num_heads=num_heads, bias=bias, **rotary(c, d_model // num_heads, fraction=0.25)),
+        spec(Attention, num_heads=num_heads, bias=bias, **turn),
         spec(MLP, d_ff=c("intermediate_size"), activation=c.choice("hidden_act", ACTIVATIONS, "gelu")),
         parallel=c("use_parallel_residual", True), parallel_norms=2,
     )  # fmt: skip
@@ -153,6 +158,7 @@ PHI = {
 
 @family("phi", table=PHI, buffers=(r"inv_freq$",))
 def phi(c: Keys) -> ModelConfig:
+    c.only("tie_word_embeddings", False)
     d_model, num_heads = c("hidden_size"), c("num_attention_heads")
     norm_spec = spec(LayerNorm, eps=c("layer_norm_eps", 1e-5))
     layer = Layer(
@@ -164,8 +170,7 @@ def phi(c: Keys) -> ModelConfig:
     )  # fmt: skip
     return ModelConfig(
         vocab_size=c("vocab_size"), d_model=d_model, layers=c("num_hidden_layers") * (layer,), norm=norm_spec,
-        tie_embeddings=c("tie_word_embeddings", False), head_bias=True,
-        max_seq_len=c("max_position_embeddings", None), name="phi",
+        head_bias=True, max_seq_len=c("max_position_embeddings", None), name="phi",
     )  # fmt: skip
 
 
@@ -186,7 +191,8 @@ BLOOM = {
 @family("bloom", table=BLOOM, prefix="transformer.")
 def bloom(c: Keys) -> ModelConfig:
     c.only("apply_residual_connection_post_layernorm", False)
-    c.ignore("slow_but_exact", "masked_softmax_fusion", "attention_softmax_in_fp32", "bias_dropout_fusion",
+    c.only("slow_but_exact", False)
+    c.ignore("masked_softmax_fusion", "attention_softmax_in_fp32", "bias_dropout_fusion",
              "skip_bias_add", "skip_bias_add_qkv", "offset_alibi", "n_inner", "seq_length")  # fmt: skip
     d_model, num_heads = c("hidden_size", also=("n_embed",)), c("n_head", also=("num_attention_heads",))
     norm_spec = spec(LayerNorm, eps=c("layer_norm_epsilon", 1e-5))

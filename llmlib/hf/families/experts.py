@@ -1,7 +1,7 @@
 """Families with routed experts: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V2 and V3, gpt-oss."""
 
 from llmlib.attention import MLA, Attention
-from llmlib.ffn import ClampedSwiGLU, SwiGLU
+from llmlib.ffn import ClampedSwiGLU
 from llmlib.hf.families.llamas import (
     ATTENTION,
     BLOCK,
@@ -16,6 +16,7 @@ from llmlib.hf.families.llamas import (
     gated,
     head_width,
     heads,
+    qwen_window,
     windows,
 )  # fmt: skip
 from llmlib.hf.keys import Keys, rotary
@@ -33,8 +34,9 @@ EXPERTS = {
     },
 }
 SHARED = {
-    f"{BLOCK}ffn.shared_experts.{part}_proj.weight": f"{FILE}mlp.shared_experts.{part}_proj.weight"
+    row: name
     for part in ("gate", "up", "down")
+    for row, name in linear(f"{BLOCK}ffn.shared_experts.{part}_proj", f"{FILE}mlp.shared_experts.{part}_proj").items()
 }
 MIXTRAL = LLAMA | {
     BLOCK + "ffn.router.weight": FILE + "block_sparse_moe.gate.weight",
@@ -59,18 +61,18 @@ def mixtral(c: Keys) -> ModelConfig:
 
 @family("qwen3_moe", table=LLAMA | QK_NORMS | EXPERTS, buffers=BUFFERS)
 def qwen3_moe(c: Keys) -> ModelConfig:
+    c.ignore("max_window_layers", "layer_types")  # a window is every layer's here
     qk_norm = spec(RMSNorm, eps=c("rms_norm_eps", 1e-6))
-    mixer = spec(Attention, **heads(c, bias=c("attention_bias", False), qk_norm=qk_norm), **rotary(c, head_width(c)))
+    mixer = spec(
+        Attention, **heads(c, bias=c("attention_bias", False), qk_norm=qk_norm, window=qwen_window(c)),
+        **rotary(c, head_width(c)),
+    )  # fmt: skip
     router = spec(TopKRouter, norm_topk_prob=c("norm_topk_prob", False))
     experts = c("num_experts", also=("num_local_experts",))
     sparse = routed(c, gated(c, width="moe_intermediate_size"), experts, router=router)
     dense, every, only = gated(c), c("decoder_sparse_step", 1), set(c("mlp_only_layers", []))
     return assemble(
-        c,
-        [
-            Layer(mixer.replace(window=w), dense if i in only or (i + 1) % every else sparse)
-            for i, w in enumerate(windows(c))
-        ],
+        c, [Layer(mixer, dense if i in only or (i + 1) % every else sparse) for i in range(c("num_hidden_layers"))]
     )
 
 
@@ -117,18 +119,19 @@ def deepseek(c: Keys, mixer: Spec, router: Spec) -> ModelConfig:
     """Dense layers first, then routed and shared experts."""
     c.only("moe_layer_freq", 1)
     c.ignore("seq_aux", "aux_loss_alpha", "ep_size", "num_nextn_predict_layers")
-    width = c("moe_intermediate_size")
-    sparse = routed(
-        c, spec(SwiGLU, d_ff=width), c("n_routed_experts"), router=router,
-        num_shared_experts=c("n_shared_experts", 0),
-    )  # fmt: skip
     dense, first = gated(c), c("first_k_dense_replace", 0)
+    expert, shared = dense.replace(d_ff=c("moe_intermediate_size"), bias=False), c("n_shared_experts", 0)
+    sparse = routed(
+        c, expert, c("n_routed_experts"), router=router,
+        shared_expert=dense.replace(d_ff=shared * c("moe_intermediate_size")) if shared else None,
+    )  # fmt: skip
     return assemble(c, [Layer(mixer, dense if i < first else sparse) for i in range(c("num_hidden_layers"))])
 
 
 @family("deepseek_v2", table=DEEPSEEK, buffers=BUFFERS)
 def deepseek_v2(c: Keys) -> ModelConfig:
     c.only("scoring_func", "softmax")
+    c.presume("n_shared_experts", 2)
     c.ignore("norm_topk_prob")  # transformers' model doesn't read it, and the published values have it off
     grouped = c.choice("topk_method", {"greedy": False, "group_limited_greedy": True}, "greedy")
     groups = {"n_group": c("n_group", 1), "topk_group": c("topk_group", 1)}
@@ -138,14 +141,21 @@ def deepseek_v2(c: Keys) -> ModelConfig:
     return deepseek(c, latent_attention(c, interleaved=True), router)
 
 
+V3_DEFAULTS = {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "n_shared_experts": 1,
+               "first_k_dense_replace": 3}  # fmt: skip
+
+
 @family("deepseek_v3", table=DEEPSEEK | BIASED, buffers=(*BUFFERS, r"^model\.layers\.61\."))
 def deepseek_v3(c: Keys) -> ModelConfig:
     c.only("scoring_func", "sigmoid")
     c.only("topk_method", "noaux_tc")
+    c.only("mlp_bias", False)
+    for name, value in V3_DEFAULTS.items():
+        c.presume(name, value)
     router = spec(
         TopKRouter, scoring="sigmoid", correction_bias=True, norm_topk_prob=c("norm_topk_prob", True),
-        n_group=c("n_group", 1), topk_group=c("topk_group", 1), group_score="top2",
-        routed_scaling_factor=float(c("routed_scaling_factor", 1.0)),
+        n_group=c("n_group"), topk_group=c("topk_group"), group_score="top2",
+        routed_scaling_factor=float(c("routed_scaling_factor")),
     )  # fmt: skip
     return deepseek(c, latent_attention(c, c("rope_interleave", True)), router)
 
@@ -161,10 +171,16 @@ GPT_OSS = ENDS | ATTENTION | PRE_NORMS | linear(BLOCK + "ffn.router", FILE + "ml
 }  # fmt: skip
 
 
+GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                "original_max_position_embeddings": 4096}  # fmt: skip
+
+
 @family("gpt_oss", table=GPT_OSS, buffers=BUFFERS)
 def gpt_oss(c: Keys) -> ModelConfig:
     c.only("hidden_act", "silu")
-    c.ignore("initial_context_length", "swiglu_alpha")
+    c.ignore("initial_context_length")
+    c.presume("max_position_embeddings", 131072)
+    c.presume("rope_parameters", GPT_OSS_ROPE)
     mixer = spec(
         Attention, **heads(c, bias=c("attention_bias", True), sinks=True), **rotary(c, head_width(c), theta=150000.0)
     )
@@ -175,9 +191,8 @@ def gpt_oss(c: Keys) -> ModelConfig:
     router = spec(TopKRouter, scoring="softmax_of_top_k", bias=True)
     ffn = routed(c, expert, c("num_local_experts", also=("num_experts",)), router=router)
     every_second = ["sliding_attention", "full_attention"] * c("num_hidden_layers")
-    kinds = c("layer_types", every_second[: c("num_hidden_layers")])
-    window = c("sliding_window", 128)
+    c.presume("layer_types", every_second[: c("num_hidden_layers")])
     return assemble(
-        c, [Layer(mixer.replace(window=window if kind == "sliding_attention" else None), ffn) for kind in kinds],
+        c, [Layer(mixer.replace(window=w), ffn) for w in windows(c, c("sliding_window", 128))],
         norm=spec(RMSNorm, eps=c("rms_norm_eps", 1e-5)),
     )  # fmt: skip

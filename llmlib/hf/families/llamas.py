@@ -1,6 +1,7 @@
 """Llama and its relatives: RMSNorm, rotary positions, gated feed-forwards."""
 
 from llmlib.attention import Attention
+from llmlib.errors import require
 from llmlib.ffn import GLU, SwiGLU
 from llmlib.hf.keys import ACTIVATIONS, Keys, rotary
 from llmlib.hf.loading import family
@@ -50,13 +51,20 @@ def heads(c: Keys, **more) -> dict:
     return {
         "num_heads": num_heads,
         "num_kv_heads": c("num_key_value_heads", num_heads),
-        "head_dim": c("head_dim", None),
+        "head_dim": stated_width(c),
     } | more
+
+
+def stated_width(c: Keys) -> int | None:
+    """The width of one head, where the file states it."""
+    width = c("head_dim", None)
+    require(width is None or width > 0, f"head_dim is {width}, and must be above 0")
+    return width
 
 
 def head_width(c: Keys) -> int:
     """The width of one head."""
-    return c("head_dim", None) or c("hidden_size") // c("num_attention_heads")
+    return stated_width(c) or c("hidden_size") // c("num_attention_heads")
 
 
 def gated(c: Keys, activation: str = "hidden_act", default: str = "silu", width: str = "intermediate_size") -> Spec:
@@ -75,13 +83,25 @@ def assemble(c: Keys, layers, *, norm: Spec | None = None, tied: bool = False, *
     )  # fmt: skip
 
 
-def windows(c: Keys, default: int | None = None) -> list[int | None]:
-    """Each layer's window, from `layer_types` or from the older keys behind it."""
-    count, window = c("num_hidden_layers"), c.nullable("sliding_window", default)
-    first, wanted, kinds = c("max_window_layers", 0), c("use_sliding_window", True), c("layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if wanted and i >= first else "full_attention" for i in range(count)]
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+def windows(c: Keys, window: int | None) -> list[int | None]:
+    """Each layer's window by `layer_types`, which must not ask for one where there is none."""
+    sliding = {} if window is None else {"sliding_attention": window}
+    return c.each("layer_types", {"full_attention": None} | sliding)
+
+
+def qwen_window(c: Keys) -> int | None:
+    """The window of Qwen's layers that have one; it is off unless the file turns it on."""
+    window = c.nullable("sliding_window", 4096)
+    return window if c("use_sliding_window", False) else None
+
+
+def qwen_windows(c: Keys) -> list[int | None]:
+    """Each layer's window: from the layer `max_window_layers` on, unless `layer_types` says which."""
+    window, count = qwen_window(c), c("num_hidden_layers")
+    first = count if window is None else c("max_window_layers", 28)
+    c.ignore("max_window_layers")
+    c.presume("layer_types", ["sliding_attention" if i >= first else "full_attention" for i in range(count)])
+    return windows(c, window)
 
 
 @family("llama", table=LLAMA, buffers=BUFFERS)
@@ -100,7 +120,7 @@ def mistral(c: Keys) -> ModelConfig:
 @family("qwen2", table=LLAMA, buffers=BUFFERS)
 def qwen2(c: Keys) -> ModelConfig:
     mixer = spec(Attention, **heads(c, bias=("q_proj", "k_proj", "v_proj"), **rotary(c, head_width(c))))
-    return assemble(c, [Layer(mixer.replace(window=w), gated(c)) for w in windows(c)])
+    return assemble(c, [Layer(mixer.replace(window=w), gated(c)) for w in qwen_windows(c)])
 
 
 @family("qwen3", table=LLAMA | QK_NORMS, buffers=BUFFERS)
@@ -111,7 +131,7 @@ def qwen3(c: Keys) -> ModelConfig:
         **heads(c, bias=c("attention_bias", False), qk_norm=spec(RMSNorm, eps=c("rms_norm_eps", 1e-6))),
         **rotary(c, head_width(c)),
     )
-    return assemble(c, [Layer(mixer.replace(window=w), gated(c)) for w in windows(c)])
+    return assemble(c, [Layer(mixer.replace(window=w), gated(c)) for w in qwen_windows(c)])
 
 
 def gemma_norm(c: Keys) -> Spec:
@@ -139,32 +159,32 @@ def gemma(c: Keys, layers, cap: float | None) -> ModelConfig:
 @family("gemma2", table=SANDWICH, buffers=BUFFERS)
 def gemma2(c: Keys) -> ModelConfig:
     c.ignore("hidden_act")
-    c.presume("layer_types", ["sliding_attention", "full_attention"] * c("num_hidden_layers"))
+    alternating = ["sliding_attention", "full_attention"] * c("num_hidden_layers")
+    c.presume("layer_types", alternating[: c("num_hidden_layers")])
     c.presume("head_dim", 256)
     mixer = gemma_attention(c, softcap=c.nullable("attn_logit_softcapping", 50.0), **rotary(c, head_width(c)))
     ffn = gated(c, "hidden_activation", "gelu_pytorch_tanh")
-    sizes = windows(c, 4096)[: c("num_hidden_layers")]
+    sizes = windows(c, c.nullable("sliding_window", 4096))
     return gemma(c, [Layer(mixer.replace(window=w), ffn, placement="sandwich") for w in sizes], 30.0)
 
 
 @family("gemma3_text", table=SANDWICH | QK_NORMS, buffers=BUFFERS)
 def gemma3(c: Keys) -> ModelConfig:
-    c.ignore("hidden_act", "cache_implementation")
-    count = c("num_hidden_layers")
-    every = c("sliding_window_pattern", 6, also=("_sliding_window_pattern",))
-    kinds = c("layer_types", ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)])
+    c.ignore("hidden_act", "_sliding_window_pattern")
+    c.only("attn_logit_softcapping", None)
     c.presume("head_dim", 256)
-    turns = {"full_attention": rotary(c, head_width(c), theta=1e6, layer_type="full_attention")}
-    if "sliding_attention" in (c("rope_parameters", {})):
-        turns["sliding_attention"] = rotary(c, head_width(c), layer_type="sliding_attention")
-    else:
-        turns["sliding_attention"] = {"rope_theta": float(c("rope_local_base_freq", 1e4))}
-    c.ignore("rope_local_base_freq")
-    mixer = gemma_attention(c, qk_norm=gemma_norm(c), softcap=c("attn_logit_softcapping", None))
-    window, ffn = c.nullable("sliding_window", 4096), gated(c, "hidden_activation", "gelu_pytorch_tanh")
-    mixers = {kind: mixer.replace(**turn) for kind, turn in turns.items()}
+    every, window = c("sliding_window_pattern", 6), c.nullable("sliding_window", 4096)
+    local = {"theta": 1e4, "names": ("rope_local_base_freq", "partial_rotary_factor")}
+    mixer = gemma_attention(c, qk_norm=gemma_norm(c))
+    mixers = {
+        kind: mixer.replace(**rotary(c, head_width(c), layer_type=kind, **options))
+        for kind, options in (("full_attention", {"theta": 1e6}), ("sliding_attention", local))
+    }
     mixers["sliding_attention"] = mixers["sliding_attention"].replace(window=window)
-    return gemma(c, [Layer(mixers[kind], ffn, placement="sandwich") for kind in kinds], None)
+    ffn = gated(c, "hidden_activation", "gelu_pytorch_tanh")
+    kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(c("num_hidden_layers"))]
+    layers = [Layer(m, ffn, placement="sandwich") for m in c.each("layer_types", mixers, kinds)]
+    return gemma(c, layers, None)
 
 
 @family("olmo2", table=OLMO2, buffers=BUFFERS)

@@ -132,6 +132,8 @@ JAMBA = HYBRID | {
 @family("jamba", table=JAMBA, buffers=BUFFERS)
 def jamba(c: Keys) -> ModelConfig:
     steps(c)
+    c.only("hidden_act", "silu", "swish")  # the reference gives it to the scan too
+    c.only("mamba_inner_layernorms", True)
     eps, rank = c("rms_norm_eps", 1e-6), c("mamba_dt_rank", "auto")
     attention = spec(Attention, **heads(c))
     scan = spec(
@@ -167,6 +169,9 @@ def mamba_2(c: Keys, eps: float) -> Spec:
 @family("bamba", table=HYBRID, buffers=BUFFERS)
 def bamba(c: Keys) -> ModelConfig:
     steps(c)
+    c.only("hidden_act", "silu", "swish")  # the reference gives it to the scan too
+    c.only("partial_rotary_factor", 0.5)
+    c.only("attn_rotary_emb", head_width(c) // 2)
     c.ignore("z_loss_coefficient", "layers_block_type", "layer_types")
     eps, at = c("rms_norm_eps", 1e-5), set(c("attn_layer_indices", []))
     attention = spec(Attention, **heads(c, bias=c("attention_bias", False)), **rotary(c, head_width(c), fraction=0.5))
@@ -204,21 +209,17 @@ def granite_hybrid(c: Keys) -> ModelConfig:
         **heads(c, bias=c("attention_bias", False), scale=c("attention_multiplier", 1.0)),
         **(rotary(c, head_width(c)) if turns else {}),
     )
-    kinds = c("layer_types", ["mamba"] * c("num_hidden_layers"))
-    needed = any("attention" not in k or k == "linear_attention" for k in kinds)
+    turn = {"attention": True, "full_attention": True, "mamba": False, "linear_attention": False}
+    attends = c.each("layer_types", turn, ["mamba"] * c("num_hidden_layers"))
     c.ignore("time_step_limit", *[k for k in c.data if k.startswith("mamba_")])
-    scan = mamba_2(c, eps) if needed else None
+    scan = None if all(attends) else mamba_2(c, eps)
     ffn = shared = spec(SwiGLU, d_ff=c("shared_intermediate_size", 1024))
     if c("num_local_experts", 0):
         expert = spec(SwiGLU, d_ff=c("intermediate_size"))
         router = spec(TopKRouter, scoring="softmax_of_top_k")
         ffn = routed(c, expert, c("num_local_experts"), router=router, shared_expert=shared)
     c.ignore("intermediate_size", "num_experts_per_tok")
-    layers = [
-        Layer(attention if kind in ("attention", "full_attention") else scan, ffn,
-              residual_scale=c("residual_multiplier", 1.0))
-        for kind in kinds
-    ]  # fmt: skip
+    layers = [Layer(attention if here else scan, ffn, residual_scale=c("residual_multiplier", 1.0)) for here in attends]
     return assemble(
         c, layers, norm=spec(RMSNorm, eps=eps), embedding_scale=c("embedding_multiplier", 1.0),
         logit_scale=1 / c("logits_scaling", 1.0),
@@ -234,19 +235,15 @@ NEMOTRON = BACKBONE | norm(BLOCK + "ffn_norm", "backbone.layers.{i}.norm") | {
     BLOCK + "ffn.router.e_score_correction_bias": T + ".gate.e_score_correction_bias",
     BLOCK + "ffn.experts.up_proj.weight": T + ".experts.{e}.up_proj.weight",
     BLOCK + "ffn.experts.down_proj.weight": T + ".experts.{e}.down_proj.weight",
-    BLOCK + "ffn.shared_experts.up_proj.weight": T + ".shared_experts.up_proj.weight",
-    BLOCK + "ffn.shared_experts.down_proj.weight": T + ".shared_experts.down_proj.weight",
+    **linear(BLOCK + "ffn.shared_experts.up_proj", T + ".shared_experts.up_proj"),
+    **linear(BLOCK + "ffn.shared_experts.down_proj", T + ".shared_experts.down_proj"),
     **linear(BLOCK + "ffn.latent_in_proj", T + ".fc1_latent_proj"),
     **linear(BLOCK + "ffn.latent_out_proj", T + ".fc2_latent_proj"),
 }  # fmt: skip
 KINDS = {
-    "M": "mamba",
-    "*": "attention",
-    "-": "mlp",
-    "E": "moe",
-    "linear_attention": "mamba",
-    "full_attention": "attention",
-}
+    "M": "mamba", "*": "attention", "-": "mlp", "E": "moe", "linear_attention": "mamba", "full_attention": "attention",
+    "mamba": "mamba", "attention": "attention", "mlp": "mlp", "moe": "moe",
+}  # fmt: skip
 
 
 @family("nemotron_h", table=NEMOTRON, prefix="backbone.")
@@ -256,6 +253,8 @@ def nemotron_h(c: Keys) -> ModelConfig:
              "mtp_hybrid_override_pattern", "num_nextn_predict_layers", "norm_eps", "attention_head_dim", "expand",
              "mamba_num_groups", "num_hidden_layers", "ssm_dtype", "attention_bias", "mamba_proj_bias")  # fmt: skip
     c.only("mamba_hidden_act", "silu")
+    if c("layer_norm_epsilon", None) is not None:
+        c.ignore("rms_norm_eps")  # published beside it, and read by nobody
     eps, activation = c("layer_norm_epsilon", 1e-5), c.choice("mlp_hidden_act", ACTIVATIONS, "relu2")
     bias = c("mlp_bias", False)
     parts = {
@@ -269,9 +268,9 @@ def nemotron_h(c: Keys) -> ModelConfig:
         "mlp": {"ffn": spec(MLP, d_ff=c("intermediate_size"), activation=activation, bias=bias)},
     }  # fmt: skip
     c.ignore("time_step_limit")
-    pattern = c("layers_block_type", None) or list(c("hybrid_override_pattern"))
-    c.ignore("hybrid_override_pattern", *[k for k in c.data if "moe" in k or k in _ROUTER])
-    kinds = [KINDS.get(kind, kind) for kind in pattern]
+    named = next((n for n in ("layer_types", "layers_block_type") if c(n, None)), "hybrid_override_pattern")
+    kinds = c.each(named, KINDS)
+    c.ignore("hybrid_override_pattern", "layers_block_type", *[k for k in c.data if "moe" in k or k in _ROUTER])
     if "moe" in kinds:
         parts["moe"] = {"ffn": _nemotron_experts(c, activation, bias)}
     return ModelConfig(
@@ -291,10 +290,10 @@ def _nemotron_experts(c: Keys, activation: str, bias: bool) -> Spec:
         n_group=c("n_group", 1), topk_group=c("topk_group", 1), group_score="top2",
         routed_scaling_factor=float(c("routed_scaling_factor", 1.0)),
     )  # fmt: skip
-    expert = spec(MLP, d_ff=c("moe_intermediate_size"), activation=activation, bias=bias)
+    expert = spec(MLP, d_ff=c("moe_intermediate_size"), activation=activation, bias=False)
     return routed(
         c, expert, c("n_routed_experts"), router=router, latent_size=c("moe_latent_size", None), latent_bias=bias,
-        shared_expert=expert.replace(d_ff=c("moe_shared_expert_intermediate_size")),
+        shared_expert=expert.replace(d_ff=c("moe_shared_expert_intermediate_size"), bias=bias),
     )  # fmt: skip
 
 
@@ -359,8 +358,8 @@ def zamba2(c: Keys) -> ModelConfig:
         adapter_rank=c("adapter_rank", 128), attention_adapter=c("use_shared_attention_adapter", False),
     )  # fmt: skip
     layers, uses, blocks = [], 0, c("num_mem_blocks", 1)
-    for kind in c("layers_block_type"):
-        if kind != "hybrid":
+    for hybrid in c.each("layers_block_type", {"mamba": False, "linear_attention": False, "hybrid": True}):
+        if not hybrid:
             layers.append(Layer(mixer=scan))
             continue
         shared = use.replace(name=f"block {uses % blocks}", block=block if uses < blocks else None)
