@@ -607,7 +607,9 @@ def test_statistics_are_plain_numbers():
 def test_statistics_with_a_capacity():
     """Five tokens, three of which want expert 0 and two expert 1, with room for two each: MaxVio is of what was wanted,
     the load of what was computed."""
-    moe = make(4, 1, capacity_factor=1.5, bias_update_rate=0.1, router=spec(TopKRouter, correction_bias=True), d_model=4)
+    moe = make(
+        4, 1, capacity_factor=1.5, bias_update_rate=0.1, router=spec(TopKRouter, correction_bias=True), d_model=4
+    )
     moe.router.weight.data = torch.eye(4).double()
     moe(torch.eye(4).double()[[0, 1, 0, 1, 0]][None])
     s = moe.statistics
@@ -707,7 +709,9 @@ def test_shared_layers_can_not_ask_for_a_loss():
     """Only the last pass's would stay."""
     for options in (dict(load_balance_alpha=0.1), dict(z_loss_weight=0.1)):
         shared = Layer(ffn=sparse_ffn(**options), shared="a")
-        with pytest.raises(ConfigError, match=r"layers\[1\] shares weights as 'a', so only its last pass's auxiliary"):
+        with pytest.raises(
+            ConfigError, match=r"layers\[1\] shares weights as 'a', so only the auxiliary loss of its last pass"
+        ):
             CausalLM(ModelConfig(layers=(shared, shared), **CONFIG))
     CausalLM(ModelConfig(layers=2 * (Layer(ffn=sparse_ffn(), shared="a"),), **CONFIG))
 

@@ -38,10 +38,12 @@ class MoE(nn.Module):
     After a forward pass with gradients, `auxiliary_loss` is the weighted sum of the two losses (None when neither has a
     weight); `statistics` describes every pass. A training loop calls `after_step()` after each optimiser step.
     Activation checkpointing must be non-reentrant (use_reentrant=False): the reentrant kind runs forward without
-    gradients, and so without the losses. Layers that share one mixture can't have them: only the last pass's would stay.
+    gradients, and so without the losses. Layers that share one mixture have none: only the last pass's would stay.
 
     Papers: 1701.06538, 2006.16668, 2101.03961, 2401.04088, 2401.06066, 2412.19437. No tokens in, no tokens out.
     """
+
+    load: Tensor
 
     def __init__(
         self,
@@ -171,7 +173,9 @@ class MoE(nn.Module):
             counts = routing.counts if self.exchange is None else self.exchange.summed(routing.counts)
             return load_balancing_loss(routing.probabilities, counts)
         counts = count(routing.tokens // time * self.num_experts + routing.experts, batch * self.num_experts)
-        return load_balancing_loss(routing.probabilities.unflatten(0, (batch, time)), counts.view(batch, self.num_experts))
+        return load_balancing_loss(
+            routing.probabilities.unflatten(0, (batch, time)), counts.view(batch, self.num_experts)
+        )
 
     @property
     def leaves_loss(self) -> bool:
@@ -182,9 +186,8 @@ class MoE(nn.Module):
     def after_step(self) -> None:
         """Move the router's bias by what was routed since the last call; does nothing without a bias_update_rate."""
         if self.bias_update_rate:
-            if self.exchange is not None:
-                self.load = self.exchange.summed(self.load)
-            move_bias_(self.router.e_score_correction_bias, self.load, self.bias_update_rate)
+            load = self.load if self.exchange is None else self.exchange.summed(self.load)
+            move_bias_(self.router.e_score_correction_bias, load, self.bias_update_rate)
             self.load.zero_()
 
     def num_idle_parameters(self) -> int:

@@ -91,7 +91,9 @@ def expert_choice(
     depends on all the others, later ones too: a causal model that trains so sees the future (arXiv:2202.09368).
     Raises ConfigError for a capacity that is negative or above the number of tokens.
     """
-    require(0 <= capacity <= len(logits), f"capacity is {capacity}, and must lie between 0 and the {len(logits)} tokens")
+    require(
+        0 <= capacity <= len(logits), f"capacity is {capacity}, and must lie between 0 and the {len(logits)} tokens"
+    )
     _require_numbers(logits)
     weights, tokens = logits.softmax(-1).T.topk(capacity, dim=-1)
     return weights, tokens
@@ -219,9 +221,10 @@ def _require_numbers(logits: Float[Tensor, "t E"], bias: Float[Tensor, "E"] | No
     if math.isfinite(logits.detach().sum()):  # the sum of what isn't finite isn't: the usual case ends here
         return
     bad = ~logits.amax(-1).isfinite()
+    what = "NaN" if logits.isnan().any() else "infinite"
     require(
         not bad.any(),
-        f"the router's logits are {'NaN' if logits.isnan().any() else 'infinite'} for {int(bad.sum())} of {len(logits)} "
+        f"the router's logits are {what} for {int(bad.sum())} of {len(logits)} "
         f"tokens: its input or its weights are no longer numbers. Look for the first layer whose output is so, and "
         f"lower the learning rate",
         FloatingPointError,

@@ -6,8 +6,8 @@ A chapter starts with
     notebook.style()
 
 and then uses `show`, `check`, `exercise`, `table`, `model_table`, `matrix`, `heatmap`, `lines`, `boxes`,
-`expert_loads`, `colours`, `recorded`, `full_size`, `attention_weights` and `largest_logits` from here. `llmlib.notebook.recording` is for the
-scripts behind `make record CHAPTER=…`.
+`expert_loads`, `colours`, `recorded`, `full_size`, `attention_weights` and `largest_logits` from here.
+`llmlib.notebook.recording` is for the scripts behind `make record CHAPTER=…`.
 """
 
 from llmlib.notebook.checking import check

@@ -139,8 +139,9 @@ def _array(values):
 def expert_loads(statistics: Mapping[str, RoutingStatistics]) -> None:
     """Draw each expert's share of the rows, one panel for each mixture, against the line where all would be even.
 
-    statistics  as `llmlib.moe.statistics(model)` returns them, or under titles of your own. A panel's title says what a
-                description of the figure needs: MaxVio, the router's entropy and its largest value, and what was dropped
+    statistics  as `llmlib.moe.statistics(model)` returns them, or under titles of your own
+    A panel's title says what a description of the figure needs: MaxVio, the router's entropy and its largest value, and
+    what was dropped.
     """
     import matplotlib.pyplot as plt
 
