@@ -329,6 +329,11 @@ class Backbone(nn.Module):
                     layer == same,
                     f"layers[{i}] shares weights as {layer.shared!r}, so it must equal the first such layer: {same}",
                 )
+                require(
+                    not getattr(shared[layer.shared].ffn, "leaves_loss", False),
+                    f"layers[{i}] shares weights as {layer.shared!r}, so only the auxiliary loss of its last pass "
+                    f"would stay: set load_balance_alpha and z_loss_weight to 0, and balance by bias_update_rate",
+                )
                 yield shared[layer.shared]
                 continue
             try:

@@ -181,6 +181,22 @@ def _require_known(mode: str) -> None:
         raise KernelUnavailableError(f"no op has a kernel called {mode!r}; choose one of {', '.join(names)}")
 
 
+def differentiate_again(function, inputs, gradients):
+    """The gradients of `function(*inputs)` for the output's `gradients`, as a graph that can be differentiated in turn.
+
+    For the backward of a hand-written kernel while torch.is_grad_enabled(), which create_graph=True brings about:
+    `function` is the readable reference. Returns a list, with None for each input that needs no gradient.
+    """
+    needed = [isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]
+    with torch.enable_grad():
+        # views, for an input that was computed from another one would carry gradient into it
+        inputs = [x.view_as(x) if wanted else x for x, wanted in zip(inputs, needed, strict=True)]
+        outputs = function(*inputs)
+        wanted = [x for x, wanted in zip(inputs, needed, strict=True) if wanted]
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+    return [next(found) if wanted else None for wanted in needed]
+
+
 @contextlib.contextmanager
 def kernels(mode: str = "auto") -> Iterator[None]:
     """Choose the kernels inside a `with` block.

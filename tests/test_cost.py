@@ -117,6 +117,15 @@ def test_cache_per_token():
     assert cost.cache_per_token(small(ATTENTION.replace(window=16)), 64) == 0
 
 
+def test_decoding_with_a_mixture_reads_more_experts_for_more_sequences_until_it_reads_all():
+    config = presets.get("mixtral-8x7b")
+    expert, layers = 3 * 4096 * 14336, 32
+    rest = 46_702_792_704 - 8 * expert * layers - 32000 * 4096
+    for batch, experts in ((1, 2), (3, 6), (8, 8), (10_000, 8)):
+        expected = rest + experts * expert * layers + batch * 4096
+        assert cost.decode(config, 64, batch).weight_bytes == 2 * expected
+
+
 def test_decoding_reads_each_weight_once_and_every_cache():
     config = presets.get("llama-2-7b")
     one, many = cost.decode(config, 2048), cost.decode(config, 2048, batch=32)

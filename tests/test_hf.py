@@ -298,6 +298,18 @@ def lose_head(folder):
     shard(folder)
 
 
+@torch.no_grad()
+def test_a_balancing_bias_keeps_its_float32(checkpoints, tmp_path):
+    """It decides among scores that differ by less than bfloat16 resolves."""
+    families.saved("deepseek_v3", checkpoints)
+    folder = copied(checkpoints, tmp_path, "deepseek_v3")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    edit_tensors(folder, lambda t: t[name].copy_(torch.linspace(0.6, 0.601, len(t[name]))))
+    stored = load_file(folder / "model.safetensors")[name]
+    bias = load(folder, dtype=torch.bfloat16).layers[1].ffn.router.e_score_correction_bias
+    assert torch.equal(bias, stored)
+
+
 def broken_files():
     """Ways to break a folder, and what the error must say."""
 

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,7 +20,10 @@ from llmlib.moe import (
     ExpertChoiceRouter,
     MoE,
     TopKRouter,
+    expert_choice,
     expert_linear,
+    expert_swiglu,
+    experts_touched,
     load_balancing_loss,
     max_violation,
     move_bias_,
@@ -180,6 +185,38 @@ def test_bfloat16_and_autocast_stay_near_float32():
         assert error.median() < 0.02
 
 
+@pytest.mark.parametrize("counts", [[2, 0, 3], [5, 0, 0]])
+def test_second_derivatives(counts):
+    """Of each kernel against differences of the first ones, with experts that get nothing, and of frozen weights."""
+    x, W, b = torch.randn(5, 3), torch.randn(3, 4, 3), torch.randn(3, 4)
+    x, W, b, up, down = (t.double().requires_grad_() for t in (x, W, b, torch.randn(3, 4, 3), torch.randn(3, 3, 4)))
+    counts = torch.tensor(counts)
+    for name in COMPUTATIONS:
+        with kernels(name):
+            assert torch.autograd.gradgradcheck(lambda x, W, b: expert_linear(x, W, counts, b), (x, W, b))
+            assert torch.autograd.gradgradcheck(lambda x: expert_linear(x, W.detach(), counts), x)
+    with kernels("by_expert"):
+        assert torch.autograd.gradgradcheck(lambda *inputs: expert_swiglu(*inputs, counts), (x, W, up, down))
+
+
+def test_second_derivatives_of_inputs_that_hang_together():
+    """The experts' weights computed from their rows: each gets its own part of the gradient, and no other's."""
+    counts, other = torch.tensor([2, 3]), torch.randn(2, 4, 5).double()
+    x = torch.randn(5, 3).double().requires_grad_()
+    with kernels("segments"):
+        assert torch.autograd.gradgradcheck(lambda x: expert_linear(x, other @ x, counts), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_func_sees_through(dtype):
+    moe, x = make(dtype=dtype), torch.randn(1, 5, 16, dtype=dtype)
+    parameters = dict(moe.named_parameters())
+    found = torch.func.grad(lambda p: torch.func.functional_call(moe, p, (x,)).square().sum())(parameters)
+    moe(x).square().sum().backward()
+    for name, p in parameters.items():
+        torch.testing.assert_close(found[name], p.grad, msg=name)
+
+
 def test_one_token_and_no_token():
     moe = make()
     whole = torch.randn(1, 3, 16, dtype=torch.float64)
@@ -191,10 +228,33 @@ def test_one_token_and_no_token():
     assert moe.auxiliary_loss is None
 
 
-def test_router_computes_in_float32():
-    moe = make(dtype=torch.bfloat16)
-    moe(torch.randn(1, 4, 16).bfloat16())
-    assert moe.statistics.logits.dtype == torch.float32
+@pytest.mark.parametrize("autocast", [False, True])
+def test_router_computes_in_float32(autocast):
+    """The same numbers as float64 on the same inputs, to float32's rounding, in the model's bfloat16 or autocast's;
+    noise too. What is rounded to bfloat16 on the way is a thousand times further off."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    router = make(dtype=dtype, router=spec(TopKRouter, noise=True, bias=True)).router
+    nn.init.normal_(router.bias)
+    nn.init.normal_(router.noise)
+    x = torch.randn(64, 16).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = router.eval()(x).logits
+        torch.manual_seed(1)
+        noisy = router.train()(x).logits
+    torch.manual_seed(1)
+    expected = x.double() @ router.weight.double().T + router.bias.double()
+    spread = F.softplus(x.double() @ router.noise.double().T)
+    assert plain.dtype == noisy.dtype == torch.float32
+    torch.testing.assert_close(plain.double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(noisy.double(), expected + spread * torch.randn(64, 8).double(), atol=3e-5, rtol=0)
+
+
+def test_float64_under_autocast_stays_float64():
+    """As it does in torch's own linear map."""
+    moe, x = make(num_shared_experts=1), torch.randn(1, 8, 16, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = moe(x)
+    torch.testing.assert_close(mixed, moe(x), atol=1e-13, rtol=0)
 
 
 # --- routing ----------------------------------------------------------------------------------------------------------
@@ -212,19 +272,21 @@ def test_renormalised_softmax_is_softmax_of_the_top_k():
     assert (plain.sum(-1) < 1).all()
 
 
+@pytest.mark.parametrize("n_group", [3, 4])
 @pytest.mark.parametrize("group_score", ["max", "top2"])
-def test_groups_limit_the_choice(group_score):
+def test_groups_limit_the_choice(group_score, n_group):
     """Against a search that goes through the groups one by one."""
+    size = 12 // n_group
     logits, bias = torch.randn(40, 12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
     weights, experts = route(
-        logits, 3, scoring="sigmoid", n_group=4, topk_group=2, group_score=group_score, correction_bias=bias
+        logits, 3, scoring="sigmoid", n_group=n_group, topk_group=2, group_score=group_score, correction_bias=bias
     )
     for row, chosen, w in zip(logits, experts, weights, strict=True):
         preference = (row.sigmoid() + bias).tolist()
-        groups = [preference[3 * g : 3 * g + 3] for g in range(4)]
+        groups = [preference[size * g : size * (g + 1)] for g in range(n_group)]
         worth = [max(g) if group_score == "max" else sum(sorted(g)[-2:]) for g in groups]
-        best = sorted(range(4), key=lambda g: -worth[g])[:2]
-        allowed = [e for e in range(12) if e // 3 in best]
+        best = sorted(range(n_group), key=lambda g: -worth[g])[:2]
+        allowed = [e for e in range(12) if e // size in best]
         assert sorted(chosen.tolist()) == sorted(sorted(allowed, key=lambda e: -preference[e])[:3])
         torch.testing.assert_close(w, row.sigmoid()[chosen])
 
@@ -252,6 +314,12 @@ def test_expert_choice_is_even_and_takes_the_best():
     torch.testing.assert_close(y.flatten(0, 1), expected, atol=1e-12, rtol=0)
 
 
+def test_expert_choice_rounds_its_capacity_up():
+    moe = make(num_experts=4, top_k=1, router=spec(ExpertChoiceRouter))
+    moe(torch.randn(1, 9, 16, dtype=torch.float64))
+    assert moe.statistics.counts.tolist() == [3, 3, 3, 3]
+
+
 def test_switch_drops_what_does_not_fit_in_order_of_time():
     moe = make(num_experts=2, top_k=1, capacity_factor=0.5)
     with torch.no_grad():
@@ -276,6 +344,22 @@ def test_capacity_rounds_up_and_a_wide_one_drops_nothing():
     assert tight.statistics.counts.max() == 1
 
 
+@pytest.mark.parametrize(
+    "num_experts, top_k, factor, tokens, rows",
+    [(10, 1, 1.1, 100, 11), (10, 1, 1.1, 101, 12), (4, 2, 1.0, 16, 8), (4, 4, 0.5, 16, 8), (4, 1, 1.25, 16, 5)],
+)
+def test_capacity_is_its_formula(num_experts, top_k, factor, tokens, rows):
+    """⌈factor · tokens · top_k / num_experts⌉ in the decimals that were written; the evaluation's factor is its own."""
+    moe = make(num_experts, top_k, capacity_factor=factor, eval_capacity_factor=factor / 2)
+    with torch.no_grad():
+        moe.router.weight.zero_()[0] = 1.0
+    x = torch.rand(1, tokens, 16, dtype=torch.float64)
+    moe(x)
+    assert moe.statistics.counts[0] == rows
+    moe.eval()(x)
+    assert moe.statistics.counts[0] == math.ceil(round(factor / 2 * tokens * top_k / num_experts, 6))
+
+
 def test_noise_and_jitter_act_in_training_only():
     x = torch.randn(1, 32, 16, dtype=torch.float64)
     noisy = make(router=spec(TopKRouter, scoring="softmax_of_top_k", noise=True))
@@ -286,6 +370,25 @@ def test_noise_and_jitter_act_in_training_only():
         assert torch.equal(moe(x), moe(x))
     noisy.train()(x).sum().backward()
     assert noisy.router.noise.grad.abs().max() > 0
+
+
+def test_noise_is_normal_and_jitter_a_factor():
+    """Noise: (logits − W x) / softplus(W_noise x) has the moments of N(0, 1), the fourth too. Jitter: of an input of
+    ones, the logits through an identity are the factors themselves, evenly spread over their range and uncorrelated."""
+    router = make(router=spec(TopKRouter, noise=True)).router
+    nn.init.normal_(router.noise)
+    x = torch.randn(5000, 16, dtype=torch.float64)
+    z = (router(x).logits - x @ router.weight.T) / F.softplus(x @ router.noise.T)
+    for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3)):
+        assert z.pow(power).mean().item() == pytest.approx(moment, abs=0.15)
+    for scale in (1.0, 10.0):
+        router = make(16, router=spec(TopKRouter, jitter=0.1), dtype=torch.bfloat16).router
+        router.weight.data = torch.eye(16).bfloat16()
+        factors = router(torch.full((5000, 16), scale).bfloat16()).logits / scale
+        assert 0.9 <= factors.min() < 0.901 and 1.099 < factors.max() <= 1.1
+        assert factors.mean().item() == pytest.approx(1, abs=0.001)
+        assert factors.std().item() == pytest.approx(0.1 / math.sqrt(3), rel=0.02)
+        assert len(factors.unique()) > 10_000  # in bfloat16 there would be forty
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "softmax_of_top_k", "sigmoid"])
@@ -373,6 +476,42 @@ def test_the_layer_reports_both_balances():
         torch.testing.assert_close(moe.auxiliary_loss, 0.5 * expected)
 
 
+def test_losses_look_at_the_routes_before_the_drop():
+    """What one sequence asks for is the same per sequence and per batch, and a sequence may lose all its rows."""
+    found = {}
+    for over in ("batch", "sequence"):
+        moe = make(2, 1, capacity_factor=0.5, load_balance_alpha=1.0, balance_over=over)
+        with torch.no_grad():
+            moe.router.weight[0], moe.router.weight[1] = 1.0, -1.0
+        x = torch.linspace(0.01, 0.02, 2 * 6 * 16, dtype=torch.float64).view(2, 6, 16)
+        moe(x)
+        assert moe.statistics.dropped == 0.75  # the second sequence has lost all
+        p = (x @ moe.router.weight.T).softmax(-1)
+        torch.testing.assert_close(moe.auxiliary_loss, 2 * p[..., 0].mean())
+        x[:, 3:] *= -1
+        moe(x[:1])
+        found[over] = moe.auxiliary_loss
+    torch.testing.assert_close(found["batch"], found["sequence"])
+
+
+def test_deepseek_v3_s_balance_is_this_loss_of_other_counts():
+    """α Σ f P with f = E / (K T) · how often an expert is among the top K of the scores, as arXiv:2412.19437 has it."""
+    scores = torch.rand(5, 8, dtype=torch.float64)
+    p, among = scores / scores.sum(-1, keepdim=True), F.one_hot(scores.topk(2).indices, 8).sum(1)
+    expected = sum(8 / (2 * 5) * sum(among[t, e] for t in range(5)) * p[:, e].mean() for e in range(8))
+    torch.testing.assert_close(load_balancing_loss(p, among.sum(0)), expected)
+
+
+def test_the_loss_and_the_entropy_take_the_sigmoids_over_their_sum():
+    router = spec(TopKRouter, scoring="sigmoid", correction_bias=True)
+    moe, x = make(load_balance_alpha=1.0, router=router), torch.randn(1, 9, 16, dtype=torch.float64)
+    moe.eval()(x)  # the loss is there wherever gradients are
+    scores = (x[0] @ moe.router.weight.T).sigmoid()
+    p = scores / scores.sum(-1, keepdim=True)
+    torch.testing.assert_close(moe.auxiliary_loss, load_balancing_loss(p, moe.statistics.counts))
+    assert moe.statistics.entropy == pytest.approx(-(p * p.log()).sum(-1).mean().item())
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=8))
 def test_load_balancing_loss_is_least_when_all_is_even(logits):
@@ -416,6 +555,38 @@ def test_the_bias_steps_against_the_load():
     assert torch.equal(before, moe.router.e_score_correction_bias)
 
 
+BIASED = dict(bias_update_rate=0.001, router=spec(TopKRouter, scoring="sigmoid", correction_bias=True))
+
+
+@pytest.mark.parametrize("cast", [nn.Module.bfloat16, nn.Module.half, lambda m: m.to("cpu", torch.bfloat16), copy.copy])
+def test_the_bias_moves_in_every_dtype(cast):
+    """In bfloat16 a step of 0.001 from 0.6 rounds to nothing, and 257 tokens count as 256."""
+    moe = make(**BIASED, dtype=torch.float32)
+    moe.router.e_score_correction_bias.copy_(torch.linspace(0.6, 0.601, 8))
+    before = moe.router.e_score_correction_bias.clone()
+    moe = cast(moe)
+    assert torch.equal(moe.router.e_score_correction_bias, before)
+    x = torch.randn(1, 1, 16).to(moe.router.weight.dtype)
+    for _ in range(257):
+        moe(x)
+    assert sorted(moe.load.tolist())[-2:] == [257, 257]
+    moe.after_step()
+    step = moe.router.e_score_correction_bias - before
+    torch.testing.assert_close(step.sort().values, torch.tensor([-0.001] * 2 + [0.001] * 6), atol=1e-6, rtol=0)
+
+
+def test_the_bias_follows_a_model_off_the_meta_device_and_into_float64():
+    with torch.device("meta"):
+        moe = make(**BIASED, dtype=torch.bfloat16)
+    bias = moe.to_empty(device="cpu").router.e_score_correction_bias
+    assert (bias.dtype, bias.device.type) == (torch.float32, "cpu")
+    bias.fill_(7.0)
+    moe.load.fill_(7)
+    moe.reset_parameters()
+    assert bias.abs().max() == moe.load.max() == 0
+    assert moe.double().router.e_score_correction_bias.dtype == torch.float64
+
+
 def test_max_violation_at_both_ends():
     assert max_violation(torch.tensor([5, 5, 5])) == 0
     assert max_violation(torch.tensor([9, 0, 0])) == pytest.approx(2)
@@ -431,6 +602,45 @@ def test_statistics_are_plain_numbers():
     assert s.entropy == pytest.approx(-(p * p.log()).sum(-1).mean().item())
     assert set(s.as_dict()) == {"load", "max_violation", "dropped", "entropy", "max_entropy"}
     assert list(statistics(nn.ModuleDict({"ffn": moe}))) == ["ffn"]
+
+
+def test_statistics_with_a_capacity():
+    """Five tokens, three of which want expert 0 and two expert 1, with room for two each: MaxVio is of what was wanted,
+    the load of what was computed."""
+    moe = make(
+        4, 1, capacity_factor=1.5, bias_update_rate=0.1, router=spec(TopKRouter, correction_bias=True), d_model=4
+    )
+    moe.router.weight.data = torch.eye(4).double()
+    moe(torch.eye(4).double()[[0, 1, 0, 1, 0]][None])
+    s = moe.statistics
+    assert (s.wanted.tolist(), s.counts.tolist()) == ([3, 2, 0, 0], [2, 2, 0, 0])
+    assert s.load.tolist() == [0.5, 0.5, 0, 0]
+    assert s.max_violation == pytest.approx(3 / 1.25 - 1)
+    assert s.dropped == pytest.approx(0.2)
+    assert s.as_dict()["max_entropy"] == pytest.approx(math.log(4))
+    assert s.chosen.int().tolist() == torch.eye(4).int()[[0, 1, 0, 1, 0]].tolist()
+    assert moe.load.tolist() == [3, 2, 0, 0]
+
+
+@pytest.mark.parametrize("router", [spec(TopKRouter), spec(ExpertChoiceRouter)])
+def test_statistics_know_who_went_where(router):
+    moe, x = make(router=router), torch.randn(2, 8, 16, dtype=torch.float64)
+    moe(x)
+    p = (x.flatten(0, 1) @ moe.router.weight.T).softmax(-1)
+    dim = 1 if router.cls is TopKRouter else 0
+    expected = torch.zeros_like(p).scatter(dim, p.topk(2 if dim else 4, dim=dim).indices, 1.0).bool()
+    assert torch.equal(moe.statistics.chosen, expected)
+
+
+def test_experts_that_a_batch_touches_by_simulation():
+    for num_experts, top_k, tokens in ((8, 2, 1), (8, 2, 4), (64, 6, 10)):
+        draws = torch.rand(2000, tokens, num_experts).topk(top_k).indices.flatten(1)
+        touched = torch.zeros(2000, num_experts).scatter(1, draws, 1.0).sum(1).mean().item()
+        assert experts_touched(num_experts, top_k, tokens) == pytest.approx(touched, rel=0.02)
+    assert experts_touched(8, 8, 1) == 8
+    assert experts_touched(8, 2, 0) == 0
+    with pytest.raises(ConfigError, match="top_k is 9"):
+        experts_touched(8, 9, 1)
 
 
 # --- shared, latent, upcycled -----------------------------------------------------------------------------------------
@@ -488,8 +698,22 @@ def test_an_upcycled_model_starts_as_the_dense_one():
     upcycle(ffn, layer)
     x = torch.randn(1, 3, 16)
     torch.testing.assert_close(layer(x), ffn(x))
+    layer, before = MoE(16, **sparse_ffn(num_shared_experts=1).options), {}
+    before = {name: p.clone() for name, p in layer.state_dict().items()}
     with pytest.raises(ConfigError, match=r"gate_proj.weight \(4, 24, 16\) can't be filled.*\(20, 16\)"):
         upcycle(SwiGLU(16, d_ff=20), layer)
+    assert all(torch.equal(p, before[name]) for name, p in layer.state_dict().items())
+
+
+def test_shared_layers_can_not_ask_for_a_loss():
+    """Only the last pass's would stay."""
+    for options in (dict(load_balance_alpha=0.1), dict(z_loss_weight=0.1)):
+        shared = Layer(ffn=sparse_ffn(**options), shared="a")
+        with pytest.raises(
+            ConfigError, match=r"layers\[1\] shares weights as 'a', so only the auxiliary loss of its last pass"
+        ):
+            CausalLM(ModelConfig(layers=(shared, shared), **CONFIG))
+    CausalLM(ModelConfig(layers=2 * (Layer(ffn=sparse_ffn(), shared="a"),), **CONFIG))
 
 
 def test_a_model_with_experts_is_data():
@@ -548,6 +772,9 @@ def test_stacked_biases_are_free_of_decay():
         (dict(shared_expert_gate=True), r"nothing to gate"),
         (dict(latent_size=0), r"latent_size is 0"),
         (dict(bias_update_rate=0.1), r"no bias to move"),
+        (dict(bias_update_rate=-0.1), r"bias_update_rate is -0.1, and can't be below 0"),
+        (dict(capacity_factor=math.inf), r"capacity_factor is inf, and must be above 0 and finite"),
+        (dict(expert=lambda d: MLP(d, d_ff=8), num_shared_experts=1), r"names no d_ff to multiply by it"),
     ],
 )  # fmt: skip
 def test_impossible_options_are_named(options, message):
@@ -573,9 +800,102 @@ def test_nan_is_named_where_it_arises():
         moe(x)
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "softmax_of_top_k", "sigmoid"])
+def test_infinite_logits_and_nan_from_elsewhere_are_named(scoring):
+    x = torch.randn(1, 5, 16, dtype=torch.float64)
+    moe = make(router=spec(TopKRouter, scoring=scoring, noise=True, bias=True))
+    for value, what in ((math.nan, "NaN"), (math.inf, "infinite")):
+        for parameter in (moe.router.bias, moe.router.noise):
+            kept = parameter.data.clone()
+            parameter.data[0] = value
+            if parameter is moe.router.bias or what == "NaN":
+                with pytest.raises(FloatingPointError, match=rf"logits are {what} for 5 of 5 tokens"):
+                    moe(x)
+            parameter.data = kept
+    moe.router.bias.data.fill_(-math.inf)
+    with pytest.raises(FloatingPointError, match="logits are infinite"):
+        moe(x)
+    moe.router.bias.data[:2] = 0.0  # an expert may be shut out
+    moe(x)
+    assert moe.statistics.counts.tolist() == [5, 5, 0, 0, 0, 0, 0, 0]
+    with pytest.raises(FloatingPointError, match="correction bias is .* holds NaN"):
+        route(torch.randn(3, 2), 1, scoring="sigmoid", correction_bias=torch.tensor([0.0, math.nan]))
+    with pytest.raises(FloatingPointError, match="logits are NaN for 1 of 3"):
+        expert_choice(torch.tensor([[1.0], [math.nan], [2.0]]), 1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(top_k=9), r"top_k is 9, and must lie between 1 and num_experts = 8"),
+        (dict(top_k=0), r"top_k is 0"),
+        (dict(top_k=2, n_group=3), r"n_group is 3, and must divide num_experts = 8"),
+        (dict(top_k=4, n_group=4), r"best groups of 2 hold 2 experts"),
+        (dict(top_k=2, scoring="tanh"), r"scoring is 'tanh'"),
+        (dict(top_k=2, group_score="mean"), r"group_score is 'mean'"),
+    ],
+)
+def test_route_names_impossible_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        route(torch.randn(4, 8), **options)
+
+
+def test_expert_choice_names_an_impossible_capacity():
+    for capacity in (5, -1):
+        with pytest.raises(ConfigError, match=f"capacity is {capacity}, and must lie between 0 and the 4 tokens"):
+            expert_choice(torch.randn(4, 8), capacity)
+
+
+def test_routers_say_what_they_are():
+    assert repr(make().router) == "TopKRouter(16 → 8, bias=False, top_k=2, scoring='softmax')"
+    assert repr(ExpertChoiceRouter(16, 8, 2)) == "ExpertChoiceRouter(16 → 8, bias=False, top_k=2)"
+
+
+@pytest.mark.parametrize("shape", [(4, 16), (2, 3, 4, 16), (1, 4, 15)])
+def test_an_input_of_another_shape_is_named(shape):
+    with pytest.raises(ConfigError, match=r"x has shape \(.*\), and a mixture takes \(batch, time, 16\)"):
+        MoE.forward.__wrapped__(make(), torch.randn(shape, dtype=torch.float64))  # without the tests' own checks
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1], [1, 1, 9], [6, -1, 0]])
+@pytest.mark.parametrize("name", ["reference", "segments", "grouped_mm", "by_expert"])
+def test_counts_that_do_not_fit_the_rows_are_named(name, counts):
+    x, W = torch.randn(5, 16), torch.randn(3, 16, 16)
+    with kernels(name), pytest.raises(ConfigError, match=r"counts must be 0 or more and sum to the 5 rows of x"):
+        if name == "by_expert":
+            expert_swiglu(x, W, W, W, torch.tensor(counts))
+        else:
+            expert_linear(x, W, torch.tensor(counts))
+
+
+def test_a_whole_layer_compiles():
+    """In a process of its own: the checks of shape annotations that tests install can't be traced."""
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
 def test_shapes_that_do_not_fit_are_named():
     x, W = torch.randn(4, 8), torch.randn(3, 5, 8)
     with pytest.raises(ConfigError, match=r"counts has 2 entries for the 3 experts"):
         expert_linear(x, W, torch.tensor([2, 2]))
     with pytest.raises(ConfigError, match=r"rows of 7, and weight \(3, 5, 8\) takes rows of 8"):
         expert_linear(x[:, :7], W, torch.tensor([2, 1, 1]))
+
+
+def compiled_equals_eager():
+    for options in ({}, dict(load_balance_alpha=0.1, num_shared_experts=1), dict(expert=EXPERTS["glu with biases"])):
+        torch._dynamo.reset()
+        moe, x = make(**options, dtype=torch.float32), torch.randn(2, 7, 16, requires_grad=True)
+        other = copy.deepcopy(moe)
+        found = []
+        for one in (moe, torch.compile(other, backend="aot_eager")):
+            loss = one(x).square().sum()
+            auxiliary = moe.auxiliary_loss if one is moe else other.auxiliary_loss
+            (loss if auxiliary is None else loss + auxiliary).backward()
+            found.append([loss.detach(), auxiliary is None, x.grad, *(p.grad for p in one.parameters())])
+            x.grad = None
+        torch.testing.assert_close(found[0], found[1])
+
+
+if __name__ == "__main__":
+    compiled_equals_eager()

@@ -1,5 +1,6 @@
 """Expert parallelism: two processes, each with half the experts and half the batch, do what one process does."""
 
+import copy
 import subprocess
 import sys
 
@@ -24,6 +25,32 @@ def test_two_processes_equal_one():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("equal") == 2, done.stdout
+
+
+BALANCED = dict(num_experts=4, top_k=2, expert=spec(GLU, d_ff=12), load_balance_alpha=0.5)
+
+
+def mean_auxiliary_loss_is_one_process_s(mesh, over):
+    """And its gradient with respect to the router, for equally many tokens in each."""
+    import torch.distributed as dist
+
+    whole = MoE(8, **BALANCED, balance_over=over).double()
+    whole.reset_parameters(std=0.5)
+    half = copy.deepcopy(whole)
+    parallelise_experts(half, mesh)
+    assert half.num_idle_parameters() == whole.num_idle_parameters()
+    x, rank = torch.randn(2, 9, 8, dtype=torch.float64), mesh.get_local_rank()
+    half(x[rank : rank + 1])
+    whole(x)
+    total = half.auxiliary_loss.detach().clone()
+    dist.all_reduce(total)
+    torch.testing.assert_close(total / 2, whole.auxiliary_loss.detach(), atol=1e-12, rtol=0)
+    (half.auxiliary_loss / 2).backward()
+    whole.auxiliary_loss.backward()
+    reduce_gradients(half, mesh)
+    torch.testing.assert_close(half.router.weight.grad, whole.router.weight.grad, atol=1e-12, rtol=0)
+    half(x[:, :0] if rank == 0 else x)  # no token here, and nobody waits
+    assert (half.auxiliary_loss is None) == (rank == 0)
 
 
 def worker():
@@ -67,12 +94,18 @@ def worker():
 
     nothing = half(x[:, :0] if rank == 0 else x[:, :3])  # a process without tokens still serves the others
     torch.testing.assert_close(nothing, whole(x[:, :0] if rank == 0 else x[:, :3]), atol=1e-12, rtol=0)
-    try:
-        parallelise_experts(MoE(8, **{**OPTIONS, "num_experts": 5}), mesh)
-    except ConfigError as error:
-        assert "num_experts is 5, and can't be shared out evenly among 2" in str(error)
-    else:
-        raise AssertionError("5 experts in 2 processes went through")
+    for over in ("batch", "sequence"):
+        mean_auxiliary_loss_is_one_process_s(mesh, over)
+    five = MoE(8, **{**OPTIONS, "num_experts": 5})
+    plane = init_device_mesh("cpu", (1, 2))
+    both = torch.nn.ModuleList([MoE(8, **OPTIONS), five])
+    with pytest.raises(ConfigError, match="num_experts is 5, and can't be shared out evenly among 2"):
+        parallelise_experts(both, mesh)
+    assert both[0].exchange is None
+    with pytest.raises(ConfigError, match="the 4 experts are shared out already"):
+        parallelise_experts(half, mesh)
+    with pytest.raises(ConfigError, match="the mesh has 2 dimensions, and must have 1"):
+        parallelise_experts(both, plane)
     print("equal", flush=True)
     dist.destroy_process_group()
 

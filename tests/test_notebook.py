@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 
 from llmlib import notebook
 from llmlib.errors import ConfigError
+from llmlib.moe import Routing, RoutingStatistics, route
 from llmlib.notebook import exercises, records, tables
 
 
@@ -57,6 +58,22 @@ def test_check_compares_tensors():
         notebook.check(torch.ones(2), torch.tensor([1.0, 2.0]))
 
 
+def passed() -> RoutingStatistics:
+    """Four tokens, of two experts the first wanted by three of them, and room for two."""
+    logits = torch.tensor([[2.0, 0.0]] * 3 + [[0.0, 2.0]])
+    wanted = Routing.of(logits, *route(logits, 1))
+    return RoutingStatistics.of(wanted, wanted.limited(2))
+
+
+def test_loads_of_experts_stand_against_an_even_one(monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: None)
+    notebook.expert_loads({"layer 3": passed()})
+    (ax,) = plt.gcf().axes
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx([2 / 3, 1 / 3])
+    assert ax.lines[0].get_ydata() == pytest.approx([0.5, 0.5])
+    assert ax.get_title() == "layer 3\nMaxVio 0.50, entropy 0.37 of 0.69, 25.0% dropped"
+
+
 def svg() -> str:
     out = io.StringIO()
     plt.savefig(out, format="svg", metadata={"Date": None})
@@ -70,9 +87,10 @@ def svg() -> str:
         lambda: notebook.heatmap({"a": torch.eye(4), "b": torch.ones(4, 4)}, list("abcd"), list("abcd")),
         lambda: notebook.heatmap(torch.eye(3) - 0.5, signed=True),
         lambda: notebook.lines([1, 2, 4], {"one": [1, 2, 3], "two": [3, 2, 1]}, xlabel="x", ylabel="y", log="x"),
+        lambda: notebook.expert_loads({"first": passed(), "second": passed(), "third": passed()}),
         lambda: notebook.boxes({"a": (1, 1, "a", "blue"), "b": (4, 1, "b", "")}, [("a", "b", "to")]),
     ],
-    ids=["heatmaps", "signed", "lines", "boxes"],
+    ids=["heatmaps", "signed", "lines", "experts", "boxes"],
 )
 def test_figures_are_the_same_on_every_run_and_have_no_background(draw, monkeypatch):
     monkeypatch.setattr(plt, "show", lambda: None)

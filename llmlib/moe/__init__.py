@@ -2,6 +2,7 @@
 
 from llmlib.moe.balance import (
     RoutingStatistics,
+    experts_touched,
     load_balancing_loss,
     max_violation,
     move_bias_,
@@ -17,7 +18,7 @@ from llmlib.moe.upcycling import upcycle
 
 __all__ = [
     "Exchange", "ExpertChoiceRouter", "MoE", "Router", "Routing", "RoutingStatistics", "StackedLinear", "TopKRouter",
-    "expert_choice", "expert_linear", "expert_swiglu", "load_balancing_loss", "max_violation", "move_bias_",
-    "parallelise_experts", "reduce_gradients", "route", "router_z_loss", "run_experts", "stack_experts", "statistics",
-    "upcycle",
+    "expert_choice", "expert_linear", "expert_swiglu", "experts_touched", "load_balancing_loss", "max_violation",
+    "move_bias_", "parallelise_experts", "reduce_gradients", "route", "router_z_loss", "run_experts", "stack_experts",
+    "statistics", "upcycle",
 ]  # fmt: skip

@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Real
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
-from llmlib.moe.routing import Routing, distribution
+from llmlib.errors import require
+from llmlib.moe.routing import Routing, distribution, expert_of_rows
 
 
 def load_balancing_loss(probabilities: Float[Tensor, "*b t E"], counts: Real[Tensor, "*b E"]) -> Float[Tensor, ""]:
@@ -15,8 +16,10 @@ def load_balancing_loss(probabilities: Float[Tensor, "*b t E"], counts: Real[Ten
 
     It is 1 when all is even, and E when one expert takes all. f has no gradient; through P the router learns to lower
     the probability of the experts that are busy: ∂/∂P_e = E · f_e. With a leading axis of sequences it is their mean,
-    DeepSeek-V3's balance per sequence; without, balance over the batch, which lets a sequence specialise.
-    Fedus et al., arXiv:2101.03961, for k = 1. Here f sums to 1 for every k; transformers' sums to k.
+    balance per sequence; without, balance over the batch, which lets a sequence specialise.
+    Fedus et al., arXiv:2101.03961, for k = 1. Here f sums to 1 for every k; transformers' sums to k. DeepSeek-V3's loss
+    per sequence (arXiv:2412.19437) is this one for other counts: of the top k of the scores alone, without the bias and
+    the groups that decide where a token goes.
     """
     share = counts / counts.sum(-1, keepdim=True)
     return probabilities.shape[-1] * (share * probabilities.mean(-2)).sum(-1).mean()
@@ -28,9 +31,9 @@ def router_z_loss(logits: Float[Tensor, "*b E"]) -> Float[Tensor, ""]:
 
 
 @torch.no_grad()
-def move_bias_(bias: Float[Tensor, "E"], load: Float[Tensor, "E"], rate: float) -> None:
+def move_bias_(bias: Float[Tensor, "E"], load: Real[Tensor, "E"], rate: float) -> None:
     """bias += rate · sign(mean load − load): loss-free balancing, after each step. Wang et al., arXiv:2408.15664."""
-    bias += rate * torch.sign(load.mean() - load)
+    bias.add_(torch.sign(load.sum() - len(load) * load).to(bias.dtype), alpha=rate)  # E times it: exact in integers
 
 
 def max_violation(counts: Tensor) -> float:
@@ -39,21 +42,41 @@ def max_violation(counts: Tensor) -> float:
     return (counts.max() / counts.mean() - 1).item()
 
 
+def experts_touched(num_experts: int, top_k: int, tokens: int) -> float:
+    """E (1 − (1 − k/E)^B): how many experts B tokens are expected to use, when each takes k of the E at random.
+
+    So many experts' weights a decode step of B sequences reads. Routers that prefer some experts touch fewer.
+    """
+    require(1 <= top_k <= num_experts, f"top_k is {top_k}, and must lie between 1 and num_experts = {num_experts}")
+    require(tokens >= 0, f"tokens is {tokens}, and can't be below 0")
+    return num_experts * (1 - (1 - top_k / num_experts) ** tokens)
+
+
 @dataclass
 class RoutingStatistics:
     """What one forward pass of a MoE did; the figures are computed when they are asked for.
 
     counts  (E) rows that each expert computed      wanted  (E) rows before a capacity cut some off
+    tokens  (m) the token of each wanted row, sorted by expert
     """
 
     logits: Float[Tensor, "t E"]
     counts: Int[Tensor, "E"]
     wanted: Int[Tensor, "E"]
+    tokens: Int[Tensor, "m"]
     scoring: str
 
     @classmethod
-    def of(cls, routing: Routing) -> "RoutingStatistics":
-        return cls(routing.logits.detach(), routing.counts, routing.wanted, routing.scoring)
+    def of(cls, wanted: Routing, computed: Routing) -> "RoutingStatistics":
+        """From the routes that the router wanted, and those of them that fitted."""
+        return cls(wanted.logits.detach(), computed.counts, wanted.counts, wanted.tokens, wanted.scoring)
+
+    @property
+    def chosen(self) -> Bool[Tensor, "t E"]:
+        """Whether each token wanted each expert; the mean over tokens of one kind shows what is special to it."""
+        chosen = torch.zeros(self.logits.shape, dtype=torch.bool, device=self.logits.device)
+        chosen[self.tokens, expert_of_rows(self.wanted, len(self.tokens))] = True
+        return chosen
 
     @property
     def load(self) -> Float[Tensor, "E"]:

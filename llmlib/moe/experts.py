@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llmlib.errors import require
+from llmlib.errors import ConfigError, require
 from llmlib.moe.routing import autocast_dtype, expert_of_rows
-from llmlib.ops import op
+from llmlib.ops import differentiate_again, op
 
 
 @op
@@ -44,16 +44,25 @@ def _check(x, weight, counts, bias=None) -> None:  # noqa: ARG001
 
 
 def sizes_of(counts: Int[Tensor, "E"], rows: int) -> list[int]:
-    """The counts as numbers; on the meta device, where nothing has a value, an even split."""
+    """The counts as numbers, checked; on the meta device, where nothing has a value, an even split."""
     if not counts.is_meta:
-        return counts.tolist()
+        sizes = counts.tolist()
+        if sum(sizes) != rows or min(sizes) < 0:
+            raise ConfigError(f"counts must be 0 or more and sum to the {rows} rows of x: {sizes} sum to {sum(sizes)}")
+        return sizes
     return [rows // len(counts) + (e < rows % len(counts)) for e in range(len(counts))]
+
+
+def transformed() -> str | None:
+    """The reason why a hand-written backward can't run inside torch.func.grad, vmap and their like."""
+    active = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return "torch.func can't transform it" if active else None
 
 
 def _segments_why_not(x, weight, counts, bias=None) -> str | None:
     if x.is_cuda and _grouped_mm_why_not(x, weight, counts, bias) is None:
         return "it waits for the GPU to learn the counts, and grouped_mm doesn't"
-    return None
+    return transformed()
 
 
 @expert_linear.twin("segments", _segments_why_not, measured="two cores of an AMD EPYC, see benchmarks/moe.py")
@@ -97,20 +106,24 @@ class _Segments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, sizes):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         ctx.sizes = sizes
         return _multiply(x, weight, bias, sizes)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return *_differentiate(dy, *ctx.saved_tensors, ctx.sizes, ctx.needs_input_grad[:3]), None
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            counts = torch.tensor(ctx.sizes)
+            reference = lambda x, weight, bias: expert_linear.reference(x, weight, counts, bias)  # noqa: E731
+            return *differentiate_again(reference, (x, weight, bias), dy), None
+        return *_differentiate(dy, x, weight, ctx.sizes, ctx.needs_input_grad[:3]), None
 
 
 @torch.library.custom_op("llmlib::expert_linear", mutates_args=())
 def _opaque_segments(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None) -> Tensor:
     """The same for torch.compile, which can't look inside: the sizes are read from a tensor."""
-    return _multiply(x, weight, bias, counts.tolist())
+    return _multiply(x, weight, bias, sizes_of(counts, len(x)))
 
 
 @torch.library.custom_op("llmlib::expert_linear_backward", mutates_args=())
@@ -156,6 +169,8 @@ def _grouped_mm_why_not(x, weight, counts, bias=None) -> str | None:  # noqa: AR
         return "torch.compile takes it in bfloat16 only"
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no F.grouped_mm; it came with 2.10"
+    if transformed():
+        return transformed()
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it has no {str(x.dtype).removeprefix('torch.')}"
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
@@ -167,6 +182,8 @@ def _grouped_mm_why_not(x, weight, counts, bias=None) -> str | None:  # noqa: AR
 
 @expert_linear.twin("grouped_mm", _grouped_mm_why_not, measured="two cores of an AMD EPYC, see benchmarks/moe.py")
 def _grouped_mm(x, weight, counts, bias=None):
+    if not x.is_cuda and not torch.compiler.is_compiling():
+        sizes_of(counts, len(x))  # a check, which on a GPU would have to wait for the counts
     y = F.grouped_mm(x, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
     y = _ContiguousGradient.apply(y)
     return y if bias is None else y + bias[expert_of_rows(counts, len(x))]

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmlib.ffn import SwiGLU, glu
-from llmlib.moe.experts import StackedLinear, as_autocast, busy, expert_linear, sizes_of
-from llmlib.ops import Twin, op
+from llmlib.moe.experts import StackedLinear, as_autocast, busy, expert_linear, sizes_of, transformed
+from llmlib.ops import Twin, differentiate_again, op
 
 
 @op
@@ -35,7 +35,7 @@ def _by_expert_why_not(x, gate, up, down, counts) -> str | None:
         return f"it is laid out for the caches of a CPU, and x is on {x.device.type}"
     if len({w.dtype for w in (x, gate, up, down)}) > 1:
         return f"x is {x.dtype}, and the weights are {gate.dtype}, {up.dtype}, {down.dtype}"
-    return None
+    return transformed()
 
 
 @expert_swiglu.twin("by_expert", _by_expert_why_not, measured="two cores of an AMD EPYC, see benchmarks/moe.py")
@@ -76,9 +76,11 @@ class _ByExpert(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, gate, up, down, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            reference = lambda *inputs: expert_swiglu.reference(*inputs, torch.tensor(ctx.sizes))  # noqa: E731
+            return *differentiate_again(reference, (x, gate, up, down), dy), None
         dx = torch.empty_like(x)
         dgate, dup, ddown = (w.new_zeros(w.shape) if 0 in ctx.sizes else _fresh(w) for w in (gate, up, down))
         for (e, rows), g, u in zip(busy(ctx.sizes), kept[::2], kept[1::2], strict=True):

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmlib.errors import require
+from llmlib.errors import ConfigError, require
 from llmlib.moe.balance import RoutingStatistics, load_balancing_loss, move_bias_, router_z_loss
 from llmlib.moe.experts import stack_experts
 from llmlib.moe.gated import run_experts
@@ -33,11 +33,17 @@ class MoE(nn.Module):
     z_loss_weight        weight of `router_z_loss`
     bias_update_rate     step of the loss-free bias (0.001 as published); needs a router with correction_bias
 
+    Every position is a token: padding is routed, takes capacity, and counts in the load and the losses.
+
     After a forward pass with gradients, `auxiliary_loss` is the weighted sum of the two losses (None when neither has a
     weight); `statistics` describes every pass. A training loop calls `after_step()` after each optimiser step.
+    Activation checkpointing must be non-reentrant (use_reentrant=False): the reentrant kind runs forward without
+    gradients, and so without the losses. Layers that share one mixture have none: only the last pass's would stay.
 
     Papers: 1701.06538, 2006.16668, 2101.03961, 2401.04088, 2401.06066, 2412.19437. No tokens in, no tokens out.
     """
+
+    load: Tensor
 
     def __init__(
         self,
@@ -62,10 +68,12 @@ class MoE(nn.Module):
         super().__init__()
         require(num_experts >= 1, f"num_experts is {num_experts}, and must be at least 1")
         for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            require(factor is None or factor > 0, f"{name} is {factor}, and must be above 0, or None for no limit")
+            fits = factor is None or 0 < factor < math.inf
+            require(fits, f"{name} is {factor}, and must be above 0 and finite, or None for no limit")
         require(latent_size is None or latent_size > 0, f"latent_size is {latent_size}, and must be above 0, or None")
         require(balance_over in BALANCE_OVER, f"balance_over is {balance_over!r}; choose 'batch' or 'sequence'")
         require(num_shared_experts >= 0, f"num_shared_experts is {num_shared_experts}, and can't be below 0")
+        require(bias_update_rate >= 0, f"bias_update_rate is {bias_update_rate}, and can't be below 0")
         self.num_experts, self.top_k = num_experts, top_k
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.load_balance_alpha, self.balance_over = load_balance_alpha, balance_over
@@ -86,14 +94,16 @@ class MoE(nn.Module):
             f"give it router=spec(TopKRouter, correction_bias=True)",
         )
         if bias_update_rate:
-            self.register_buffer("load", torch.zeros(num_experts), persistent=False)
+            self.register_buffer("load", torch.zeros(num_experts, dtype=torch.long), persistent=False)
         self.exchange = None
         self.auxiliary_loss: Tensor | None = None
         self.statistics: RoutingStatistics | None = None
         self._reset_linears(0.02)
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Weights from N(0, std²), biases 0."""
+        """Weights from N(0, std²), biases 0, the loss-free bias and its load too."""
+        if self.bias_update_rate:
+            self.load.zero_()
         for part in (self.router, self.experts, self.shared_experts):
             if part is not None:
                 part.reset_parameters(std=std)
@@ -111,16 +121,27 @@ class MoE(nn.Module):
         return {**self.__dict__, "auxiliary_loss": None, "statistics": None}
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        width = self.router.weight.shape[1]
+        if x.ndim != 3 or x.shape[-1] != width:
+            raise ConfigError(f"x has shape {tuple(x.shape)}, and a mixture takes (batch, time, {width})")
         tokens = x.flatten(0, 1)
-        routing = self.router(tokens)
+        wanted = routing = self.router(tokens)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is not None and not x.is_meta:
-            routing = routing.limited(math.ceil(factor * tokens.shape[0] * self.top_k / self.num_experts))
-        self.statistics, self.auxiliary_loss = self._notes(routing, x.shape[0])
+            routing = wanted.limited(self.capacity(factor, tokens.shape[0]))
+        self.auxiliary_loss = self._losses(wanted, *x.shape[:2]) if torch.is_grad_enabled() else None
+        self.statistics = RoutingStatistics.of(wanted, routing) if len(tokens) else None
+        if self.training and self.bias_update_rate:
+            self.load += wanted.counts
         y = self._routed(tokens, routing)
         if self.shared_experts is not None:
             y = y + self._shared(tokens)
         return y.view_as(x)
+
+    def capacity(self, factor: float, tokens: int) -> int:
+        """⌈factor · tokens · top_k / num_experts⌉."""
+        share = factor * tokens * self.top_k / self.num_experts
+        return math.ceil(share * (1 - 1e-12))  # 1.1 isn't a float: rounding alone must not add a row
 
     def _routed(self, tokens: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         x = tokens if self.latent_in_proj is None else self.latent_in_proj(tokens)
@@ -138,42 +159,44 @@ class MoE(nn.Module):
         y = self.shared_experts(tokens)
         return y if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid() * y
 
-    def _notes(self, routing: Routing, batch: int) -> tuple[RoutingStatistics | None, Tensor | None]:
-        """What the pass leaves behind: statistics, and the auxiliary loss where there are gradients."""
-        if routing.logits.shape[0] == 0:
-            return None, None
-        if self.training and self.bias_update_rate:
-            self.load += routing.wanted
-        return RoutingStatistics.of(routing), self._losses(routing, batch) if torch.is_grad_enabled() else None
-
-    def _losses(self, routing: Routing, batch: int) -> Tensor | None:
+    def _losses(self, routing: Routing, batch: int, time: int) -> Tensor | None:
+        """The weighted sum, on the routes as they were wanted; None without weights, or without tokens."""
         terms = []
         if self.load_balance_alpha:
-            terms.append(self.load_balance_alpha * self._balance_loss(routing, batch))
+            terms.append(self.load_balance_alpha * self._balance_loss(routing, batch, time))
         if self.z_loss_weight:
             terms.append(self.z_loss_weight * router_z_loss(routing.logits))
-        return sum(terms) if terms else None
+        return sum(terms) if terms and len(routing.logits) else None
 
-    def _balance_loss(self, routing: Routing, batch: int) -> Float[Tensor, ""]:
+    def _balance_loss(self, routing: Routing, batch: int, time: int) -> Float[Tensor, ""]:
         if self.balance_over == "batch":
-            return load_balancing_loss(routing.probabilities, routing.wanted)
-        time = len(routing.logits) // batch
+            counts = routing.counts if self.exchange is None else self.exchange.summed(routing.counts)
+            return load_balancing_loss(routing.probabilities, counts)
         counts = count(routing.tokens // time * self.num_experts + routing.experts, batch * self.num_experts)
-        return load_balancing_loss(routing.probabilities.unflatten(0, (batch, time)), counts.view(batch, -1))
+        return load_balancing_loss(
+            routing.probabilities.unflatten(0, (batch, time)), counts.view(batch, self.num_experts)
+        )
+
+    @property
+    def leaves_loss(self) -> bool:
+        """Whether a pass with gradients sets `auxiliary_loss`."""
+        return bool(self.load_balance_alpha or self.z_loss_weight)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Move the router's bias by what was routed since the last call; does nothing without a bias_update_rate."""
         if self.bias_update_rate:
-            if self.exchange is not None:
-                self.exchange.sum_(self.load)
-            move_bias_(self.router.e_score_correction_bias, self.load, self.bias_update_rate)
+            load = self.load if self.exchange is None else self.exchange.summed(self.load)
+            move_bias_(self.router.e_score_correction_bias, load, self.bias_update_rate)
             self.load.zero_()
 
     def num_idle_parameters(self) -> int:
         """Parameters of the routed experts that one token leaves out."""
-        held = sum(p.numel() for p in self.experts.parameters())
-        return held // self.num_experts * (self.num_experts - self.top_k)
+        return self.num_routed_parameters() // self.num_experts * (self.num_experts - self.top_k)
+
+    def num_routed_parameters(self) -> int:
+        """Parameters of all routed experts; those that other processes hold count too."""
+        return self.num_experts * sum(p[0].numel() for p in self.experts.parameters())
 
 
 def _shared(expert: Callable, shared_expert: Callable | None, count: int, d_model: int) -> nn.Module | None:
@@ -184,4 +207,9 @@ def _shared(expert: Callable, shared_expert: Callable | None, count: int, d_mode
     )
     if shared_expert is not None:
         return shared_expert(d_model)
-    return expert(d_model, d_ff=count * expert.options["d_ff"]) if count else None
+    d_ff = getattr(expert, "options", {}).get("d_ff")
+    require(
+        not count or d_ff is not None,
+        f"num_shared_experts is {count}, but {expert} names no d_ff to multiply by it: give shared_expert instead",
+    )
+    return expert(d_model, d_ff=count * d_ff) if count else None

@@ -45,9 +45,11 @@ class Exchange:
         done = run_experts(experts, rows.index_select(0, order), came.sum(0))
         return _AllToAll.apply(done.index_select(0, order.argsort()), *sizes[::-1], self.group)
 
-    def sum_(self, x: Tensor) -> None:
-        """Add up a tensor over the processes, in place."""
-        dist.all_reduce(x, group=self.group)
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over the processes."""
+        total = x.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
 
 
 def parallelise_experts(module: nn.Module, mesh) -> None:
@@ -55,14 +57,23 @@ def parallelise_experts(module: nn.Module, mesh) -> None:
 
     Every process calls this on the same weights and then works on its own batch. An expert's gradient holds what the
     tokens of all processes ask for; those of all other parameters are summed by `reduce_gradients`.
-    Raises ConfigError when the processes don't divide the experts. GShard, arXiv:2006.16668.
+
+    The load that balance is measured on, over the batch, and the loss-free bias's are those of all processes; with
+    equally many tokens in each, the mean of the auxiliary losses is that of one process with all of them. A capacity
+    and expert choice look at the tokens of their own process alone.
+    Raises ConfigError when the mesh has another number of dimensions, the processes don't divide the experts, or a
+    mixture is shared out already; nothing has changed then. GShard, arXiv:2006.16668.
     """
-    for moe in [m for m in module.modules() if isinstance(m, MoE)]:
-        world, rank = mesh.size(), mesh.get_local_rank()
+    require(mesh.ndim == 1, f"the mesh has {mesh.ndim} dimensions, and must have 1: take one by its name, mesh['name']")
+    world, rank = mesh.size(), mesh.get_local_rank()
+    mixtures = [m for m in module.modules() if isinstance(m, MoE)]
+    for moe in mixtures:
+        require(moe.exchange is None, f"the {moe.num_experts} experts are shared out already: call this once")
         require(
             moe.num_experts % world == 0,
             f"num_experts is {moe.num_experts}, and can't be shared out evenly among {world} processes",
         )
+    for moe in mixtures:
         share = moe.num_experts // world
         for linear in [m for m in moe.experts.modules() if isinstance(m, StackedLinear)]:
             for name, parameter in list(linear.named_parameters()):

@@ -45,7 +45,13 @@ def route(
     correction_bias        added to s for the choice but not for the weights: loss-free balancing
 
     Papers: 1701.06538, 2101.03961, 2401.04088, 2405.04434, 2412.19437, 2408.15664. No gradient goes through the choice.
+    Raises ConfigError for options that don't fit, FloatingPointError where a token's logits have no order: a NaN, +∞,
+    or nothing but −∞.
     """
+    if not torch.compiler.is_compiling():
+        biased = correction_bias is not None
+        _check_options(logits.shape[-1], top_k, scoring, n_group, topk_group, group_score, biased)
+    _require_numbers(logits, correction_bias)
     scores = SCORES[scoring](logits)
     preference = scores.detach() if correction_bias is None else scores.detach() + correction_bias
     if n_group > 1:
@@ -83,7 +89,12 @@ def expert_choice(
 
     Every expert is equally busy by construction, and a token may get none or many. Whether a token is among the first
     depends on all the others, later ones too: a causal model that trains so sees the future (arXiv:2202.09368).
+    Raises ConfigError for a capacity that is negative or above the number of tokens.
     """
+    require(
+        0 <= capacity <= len(logits), f"capacity is {capacity}, and must lie between 0 and the {len(logits)} tokens"
+    )
+    _require_numbers(logits)
     weights, tokens = logits.softmax(-1).T.topk(capacity, dim=-1)
     return weights, tokens
 
@@ -94,14 +105,12 @@ class Routing:
     (where the experts choose, by weight).
 
     logits  (t E) of the router      tokens, weights  (m) of each row      counts  (E) rows of each expert
-    wanted  (E) the counts before a capacity cut some off
     """
 
     logits: Float[Tensor, "t E"]
     tokens: Int[Tensor, "m"]
     weights: Float[Tensor, "m"]
     counts: Int[Tensor, "E"]
-    wanted: Int[Tensor, "E"]
     scoring: str = "softmax"
 
     @classmethod
@@ -111,7 +120,7 @@ class Routing:
         """From the weights and the experts of each token."""
         chosen, order = experts.flatten().sort(stable=True)
         counts = count(chosen, logits.shape[-1])
-        return cls(logits, order // experts.shape[-1], weights.flatten()[order], counts, counts, scoring)
+        return cls(logits, order // experts.shape[-1], weights.flatten()[order], counts, scoring)
 
     @property
     def experts(self) -> Int[Tensor, "m"]:
@@ -168,34 +177,56 @@ class Router(nn.Module):
             nn.init.zeros_(self.bias)
 
     def logits(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t E"]:
-        """Raises FloatingPointError when one is not a number: no order, hence no top k, exists among those."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(wide)
-        with contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(wide), self.weight.to(wide), bias)
-        _require_numbers(logits)
-        return logits
+        """W x + b, whatever autocast says."""
+        return wide_linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} → {self.num_experts}, bias={self.bias is not None}"
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def wide_linear(x: Float[Tensor, "t d"], weight: Float[Tensor, "E d"], bias: Tensor | None = None) -> Tensor:
+    """W x + b in float32 (or float64), outside autocast."""
+    x = wide(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    with contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight.to(x.dtype), bias)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast turns a linear map's input into, or None where it is off."""
+    """What autocast turns a linear map's input into, or None where it is off or leaves x alone, as it does float64."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if not x.is_meta and torch.is_autocast_enabled(device) else None
+    off = x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device)
+    return None if off else torch.get_autocast_dtype(device)
 
 
-def _require_numbers(logits: Tensor) -> None:
+def _require_numbers(logits: Float[Tensor, "t E"], bias: Float[Tensor, "E"] | None = None) -> None:
+    """A NaN has no place in an order, and among logits +∞, or nothing but −∞, makes the softmax NaN."""
     if logits.is_meta or torch.compiler.is_compiling():
         return
     if logits.is_cuda:
-        torch._assert_async(logits.isnan().any().logical_not(), "the router's logits hold NaN")
+        torch._assert_async(logits.amax(-1).isfinite().all(), "the router's logits hold NaN or ∞")
+        if bias is not None:
+            torch._assert_async(bias.isnan().any().logical_not(), "the router's correction bias holds NaN")
         return
-    if not math.isnan(logits.detach().sum()):  # a NaN among them makes the sum NaN: the usual case ends here
+    require(
+        bias is None or not bias.isnan().any(),
+        f"the router's correction bias is {bias}: it holds NaN, so that no order exists among the experts",
+        FloatingPointError,
+    )
+    if math.isfinite(logits.detach().sum()):  # the sum of what isn't finite isn't: the usual case ends here
         return
-    bad = logits.isnan()
+    bad = ~logits.amax(-1).isfinite()
+    what = "NaN" if logits.isnan().any() else "infinite"
     require(
         not bad.any(),
-        f"the router's logits are NaN for {int(bad.any(-1).sum())} of {len(logits)} tokens: its input or its weights "
-        f"are no longer numbers. Look for the first layer whose output is NaN, and lower the learning rate",
+        f"the router's logits are {what} for {int(bad.sum())} of {len(logits)} "
+        f"tokens: its input or its weights are no longer numbers. Look for the first layer whose output is so, and "
+        f"lower the learning rate",
         FloatingPointError,
     )
 
@@ -203,7 +234,8 @@ def _require_numbers(logits: Tensor) -> None:
 class TopKRouter(Router):
     """Each token takes its `top_k` best experts; the options are those of `route`, and three that act in training.
 
-    correction_bias  a buffer `e_score_correction_bias`, moved by `MoE.after_step` (arXiv:2408.15664)
+    correction_bias  a buffer `e_score_correction_bias`, moved by `MoE.after_step` (arXiv:2408.15664); it stays in
+                     float32 when the model is cast to a narrower dtype, in which steps of 0.001 would round to nothing
     noise            logits + N(0, 1) · softplus(W_noise x), W_noise learned: noisy top-k gating (arXiv:1701.06538)
     jitter           the router's input times U(1 − jitter, 1 + jitter) (arXiv:2101.03961)
 
@@ -228,7 +260,7 @@ class TopKRouter(Router):
         noise: bool = False,
         jitter: float = 0.0,
     ):
-        _check_router(num_experts, top_k, scoring, n_group, topk_group, group_score, correction_bias)
+        _check_options(num_experts, top_k, scoring, n_group, topk_group, group_score, correction_bias)
         require(0 <= jitter < 1, f"jitter is {jitter}, and must be at least 0 and below 1")
         super().__init__(d_model, num_experts, bias=bias)
         self.top_k, self.scoring, self.jitter = top_k, scoring, jitter
@@ -242,21 +274,36 @@ class TopKRouter(Router):
     def reset_parameters(self, std: float = 0.02) -> None:
         """Weights from N(0, std²), biases and noise 0."""
         super().reset_parameters(std)
-        if getattr(self, "noise", None) is not None:
-            nn.init.zeros_(self.noise)
+        for rest in (getattr(self, "noise", None), getattr(self, "e_score_correction_bias", None)):
+            if rest is not None:
+                nn.init.zeros_(rest)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, top_k={self.top_k}, scoring={self.scoring!r}"
+
+    def _apply(self, fn, recurse=True):
+        """What every cast and move of a module goes through."""
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        after = self.e_score_correction_bias
+        if after is not None and after.dtype.itemsize < 4:
+            kept = torch.empty_like(before, dtype=torch.float32, device=after.device)
+            self.e_score_correction_bias = kept if before.is_meta else kept.copy_(before)
+        return self
 
     def forward(self, x: Float[Tensor, "t d"]) -> Routing:
+        x = wide(x)
         if self.training and self.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         logits = self.logits(x)
         if self.training and self.noise is not None:
-            spread = F.softplus(F.linear(x.to(logits.dtype), self.noise.to(logits.dtype)))
+            spread = F.softplus(wide_linear(x, self.noise))
             logits = logits + spread * torch.randn_like(logits)
         weights, experts = route(logits, self.top_k, correction_bias=self.e_score_correction_bias, **self.options)
         return Routing.of(logits, weights, experts, self.scoring)
 
 
-def _check_router(num_experts, top_k, scoring, n_group, topk_group, group_score, correction_bias) -> None:
+def _check_options(num_experts, top_k, scoring, n_group, topk_group, group_score, correction_bias) -> None:
     require(scoring in SCORES, f"scoring is {scoring!r}; choose one of {', '.join(SCORES)}")
     require(group_score in GROUP_SCORES, f"group_score is {group_score!r}; choose one of {', '.join(GROUP_SCORES)}")
     require(1 <= top_k <= num_experts, f"top_k is {top_k}, and must lie between 1 and num_experts = {num_experts}")
@@ -293,9 +340,12 @@ class ExpertChoiceRouter(Router):
         super().__init__(d_model, num_experts, bias=bias)
         self.top_k = top_k
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, top_k={self.top_k}"
+
     def forward(self, x: Float[Tensor, "t d"]) -> Routing:
         logits = self.logits(x)
         capacity = math.ceil(len(x) * self.top_k / self.num_experts)
         weights, tokens = expert_choice(logits, capacity)
         counts = tokens.new_full((self.num_experts,), capacity)
-        return Routing(logits, tokens.flatten(), weights.flatten(), counts, counts)
+        return Routing(logits, tokens.flatten(), weights.flatten(), counts)

@@ -16,16 +16,15 @@ def upcycle(dense: nn.Module, sparse: nn.Module) -> None:
     Routers keep their fresh weights, and shared experts start by adding nothing (their last map is set to 0). Where
     the weights of a token's experts sum to 1 (norm_topk_prob, or softmax_of_top_k) the new model computes exactly what
     the dense one did; the experts then part in training. Raises ConfigError for any parameter that finds no source of
-    its shape. Komatsuzaki et al., "Sparse Upcycling", arXiv:2212.05055.
+    its shape, and leaves `sparse` as it was. Komatsuzaki et al., "Sparse Upcycling", arXiv:2212.05055.
     """
     source = dict(dense.named_parameters())
-    fresh = set()
+    fresh, filled, silenced = set(), [], []
     for moe in [m for m in sparse.modules() if isinstance(m, MoE)]:
         parts = (moe.router, moe.shared_experts, moe.shared_expert_gate)
         fresh |= {id(p) for part in parts if part is not None for p in part.parameters()}
         if moe.shared_experts is not None:
-            for parameter in moe.shared_experts.down_proj.parameters():
-                parameter.zero_()
+            silenced += moe.shared_experts.down_proj.parameters()
     for name, parameter in sparse.named_parameters():
         if id(parameter) in fresh:
             continue
@@ -37,4 +36,8 @@ def upcycle(dense: nn.Module, sparse: nn.Module) -> None:
             f"{'no such parameter' if origin is None else f'one of shape {tuple(origin.shape)}'}. "
             f"Give the experts the width of the dense feed-forward, and leave all else as it is",
         )
+        filled.append((parameter, origin))
+    for parameter, origin in filled:
         parameter.copy_(origin.expand_as(parameter))
+    for parameter in silenced:
+        parameter.zero_()

@@ -6,11 +6,14 @@ drawn as paths, so that they look the same everywhere; nothing in the file depen
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from llmlib.moe import RoutingStatistics
 
 
 @functools.cache
@@ -131,6 +134,34 @@ def lines(
 
 def _array(values):
     return values.detach().numpy() if isinstance(values, Tensor) else values
+
+
+def expert_loads(statistics: Mapping[str, RoutingStatistics]) -> None:
+    """Draw each expert's share of the rows, one panel for each mixture, against the line where all would be even.
+
+    statistics  as `llmlib.moe.statistics(model)` returns them, or under titles of your own
+    A panel's title says what a description of the figure needs: MaxVio, the router's entropy and its largest value, and
+    what was dropped.
+    """
+    import matplotlib.pyplot as plt
+
+    size = (6.4, 2.6 * math.ceil(len(statistics) / 2) + 0.2)
+    _, axes = plt.subplots(math.ceil(len(statistics) / 2), min(len(statistics), 2), figsize=size, squeeze=False)
+    for ax, (title, s) in zip(axes.flat, statistics.items(), strict=False):
+        ax.bar(range(len(s.load)), s.load.tolist(), color=colours()["blue"])
+        ax.axhline(1 / len(s.load), color=colours()["orange"], linestyle="--", label="even")
+        ax.set(xlabel="expert", ylabel="share of the rows")
+        ax.set_title("\n".join(filter(None, [title, describe(s)])), fontsize=9)
+        ax.legend(loc="upper right")
+    for ax in axes.flat[len(statistics) :]:
+        ax.axis("off")
+    plt.show()
+
+
+def describe(s: RoutingStatistics) -> str:
+    """MaxVio, the router's entropy and the dropped share of a pass, in one line."""
+    entropy = f"entropy {s.entropy:.2f} of {math.log(len(s.counts)):.2f}"
+    return f"MaxVio {s.max_violation:.2f}, {entropy}, {s.dropped:.1%} dropped"
 
 
 def boxes(parts: Mapping[str, tuple], arrows: Sequence[tuple] = (), *, width: float = 6.4, height: float = 2.4) -> None:

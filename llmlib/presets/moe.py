@@ -1,4 +1,17 @@
-"""Mixtures of experts: Mixtral, DeepSeek-V2 and V3, OLMoE, Qwen3, gpt-oss."""
+"""Mixtures of experts: Mixtral, DeepSeek-V2 and V3, OLMoE, Qwen3, gpt-oss.
+
+What the publishers count as active parameters, in billions; `cost.parameters(config, active=True)` counts everything
+that a token passes through, and the embedding and the head whole:
+
+    Mixtral 8×7B 12.9, 8×22B 39     everything
+    OLMoE 1.3                       everything
+    Qwen3-30B-A3B 3.3, 235B-A22B 22 everything
+    DeepSeek-V2 21                  everything, though without the embedding it rounds to the same
+    gpt-oss-20b 3.61, 120b 5.13     the head, but not the embedding
+    DeepSeek-V3 36.6 (37)           the head (0.9), but not the embedding (0.9); its repository's README_WEIGHTS first
+                                    said 36.7 with both, which would be 37.6. The total of 671 leaves out the extra
+                                    prediction head of its training
+"""
 
 from llmlib.attention import MLA, Attention
 from llmlib.ffn import ClampedSwiGLU, SwiGLU
