@@ -4,6 +4,30 @@ import torch
 from jaxtyping import Int, Num
 from torch import Tensor
 
+from llmlib.errors import require, require_state
+
+
+def tokens_seen(state: dict | None) -> int:
+    """How many tokens an attention layer's state holds; ValueError where it is that of a layer of another kind."""
+    if state is None or "length" in state:
+        return 0 if state is None else state["length"]
+    require_state(state, ("length",), "attention")
+    return 0
+
+
+def _require_same_text(state: dict, new: dict[str, Tensor]) -> None:
+    """Raise ValueError where the state was filled by another layer or another batch: it would broadcast in silence."""
+    for name, value in new.items():
+        if name not in state and "length" not in state:
+            continue
+        held = state[name].shape if name in state else None
+        require(
+            held is not None and (*held[:2], held[3]) == (*value.shape[:2], value.shape[3]),
+            f"state[{name!r}] {'is missing' if held is None else f'has shape {tuple(held)}'}, and this layer with this "
+            f"batch adds {tuple(value.shape)}: is it the state of another layer or another batch?",
+            ValueError,
+        )
+
 
 class GrowingCache:
     """Keeps every token. Buffers are preallocated and double when full; `state["reserve"]` sizes the first ones.
@@ -13,6 +37,7 @@ class GrowingCache:
 
     def update(self, state: dict, **new: Num[Tensor, "b _ t _"]) -> tuple[Num[Tensor, "b _ s _"], ...]:
         """Append each tensor, and return all of each that the new queries may look at, oldest first."""
+        _require_same_text(state, new)
         seen = state.get("length", 0)
         length = seen + next(iter(new.values())).shape[2]
         for name, value in new.items():
@@ -44,6 +69,7 @@ class RingCache(GrowingCache):
 
     def update(self, state: dict, **new: Num[Tensor, "b _ t _"]) -> tuple[Num[Tensor, "b _ s _"], ...]:
         """Store the new tokens; return the keys in view. For one token they come as they lie, not oldest first."""
+        _require_same_text(state, new)
         seen, w = state.get("length", 0), self.window
         t = next(iter(new.values())).shape[2]
         for name, value in new.items():
