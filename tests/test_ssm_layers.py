@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlib.context import Context
 from llmlib.attention import MLA, Attention
+from llmlib.context import Context
 from llmlib.errors import ConfigError
 from llmlib.model import CausalLM, Layer, ModelConfig, spec
 from llmlib.norm import RMSNorm
@@ -171,14 +171,14 @@ ATTENTION = {
 @pytest.mark.parametrize("mine", [*LAYERS, *ATTENTION])
 def test_states_of_other_layers_are_refused(mine):
     every = LAYERS | ATTENTION
-    layer, x = every[mine](), torch.randn(2, 3, D_MODEL)
+    layer, x = every[mine](), torch.randn(2, 6, D_MODEL)
     own = {}
     layer(x, own)
     for other in every:
-        state = {"reserve": 8}
+        state = {}
         every[other]()(x, state)
-        shapes = [{n: tuple(w.shape) for n, w in s.items() if isinstance(w, torch.Tensor)} for s in (state, own)]
-        if shapes[0] != shapes[1]:
+        like, mine_like = ({n: w.shape for n, w in s.items() if isinstance(w, torch.Tensor)} for s in (state, own))
+        if like != mine_like:
             with pytest.raises(ValueError, match="is it the state of another"):
                 layer(x[:, :1], state)
 
@@ -312,7 +312,7 @@ def test_copies_and_loaded_models_leave_the_same_alone(how):
         spec(Mamba, inner_norm=spec(RMSNorm)),
         spec(Mamba3, head_dim=8, d_state=8),
         spec(S4D),
-        spec(Attention, num_heads=2, sinks=True, qkv_bias=True, qk_norm=spec(RMSNorm)),
+        spec(Attention, num_heads=2, sinks=True, bias=True, qk_norm=spec(RMSNorm)),
     )
     model = model_of(*mixers)
     with torch.device("meta"):
@@ -373,16 +373,12 @@ def mamba3_by_loops(layer, u):
     """arXiv 2603.15569, token by token and head by head, with the state as complex numbers; no convolution."""
     h, p, n, g, r = layer.num_heads, layer.head_dim, layer.d_state, layer.n_groups, layer.rank
     a = layer.widths[-1]
-    turning, outputs = torch.zeros(h, n // 2, dtype=torch.float64), []
-    turning[:, :a] = 1
-    S, last = torch.zeros(h, p, n // 2, dtype=torch.complex128), torch.zeros(h, p, n // 2, dtype=torch.complex128)
+    S, last = (torch.zeros(h, p, n // 2, dtype=torch.complex128) for _ in range(2))
     pairs = lambda w: torch.complex(w[..., 0::2], w[..., 1::2])  # noqa: E731
-    ones = torch.ones(h, r, p, dtype=torch.float64)
+    ones, outputs = torch.ones(h, r, p, dtype=torch.float64), []
     X, Z, O = (layer.mimo_x, layer.mimo_z, layer.mimo_o) if layer.mimo else (ones, ones, ones)  # noqa: E741
     for token in u:
-        rest = layer.in_proj.weight @ token
-        take = lambda *shape: next_of(parts, shape)  # noqa: E731
-        parts = [rest]
+        take = taker(layer.in_proj.weight @ token)
         z, x = take(h, p), take(h, p)
         B, C = rms(take(r, g, n), layer.B_norm.weight), rms(take(r, g, n), layer.C_norm.weight)
         dt, A, share = F.softplus(take(h) + layer.dt_bias), -F.softplus(take(h)).clamp(min=layer.A_floor), take(h)
@@ -391,7 +387,7 @@ def mamba3_by_loops(layer, u):
         for i in range(h):
             b, c = (pairs(w[:, i * g // h] + bias[i]) for w, bias in ((B, layer.B_bias), (C, layer.C_bias)))
             new = sum((x[i] * X[i, k])[:, None] * b[k] for k in range(r))
-            alpha = torch.exp(torch.complex(dt[i] * A[i], -dt[i] * omega[i] * turning[i]))
+            alpha = torch.exp(torch.complex(dt[i] * A[i], -dt[i] * omega))
             S[i] = alpha * (S[i] + (1 - share[i]) * dt[i] * last[i]) + share[i] * dt[i] * new
             last[i] = new
             for k in range(r):
@@ -403,9 +399,10 @@ def mamba3_by_loops(layer, u):
     return torch.stack(outputs)
 
 
-def next_of(parts, shape):
-    taken, parts[0] = parts[0].split([math.prod(shape), len(parts[0]) - math.prod(shape)])
-    return taken.view(shape)
+def taker(numbers):
+    """A function that hands out the next of the numbers, in the shape asked for."""
+    left = iter(numbers)
+    return lambda *shape: torch.stack([next(left) for _ in range(math.prod(shape))] or [numbers[:0]]).view(shape)
 
 
 @torch.no_grad()

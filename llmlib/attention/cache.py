@@ -1,5 +1,7 @@
 """Caches: what attention keeps of the tokens it has seen, in the layer's `state`; one interface, `update`."""
 
+import sys
+
 import torch
 from jaxtyping import Int, Num
 from torch import Tensor
@@ -15,16 +17,21 @@ def tokens_seen(state: dict | None) -> int:
     return 0
 
 
-def _require_same_text(state: dict, new: dict[str, Tensor]) -> None:
-    """Raise ValueError where the state was filled by another layer or another batch: it would broadcast in silence."""
+def _require_same_text(state: dict, new: dict[str, Tensor], slots: range) -> None:
+    """Raise ValueError where another layer or another batch filled the state: it might broadcast in silence.
+
+    slots  how many tokens the buffers may have room for
+    """
     for name, value in new.items():
         if name not in state and "length" not in state:
             continue
-        held = state[name].shape if name in state else None
+        held = state.get(name)
+        fits = held is not None and held.is_floating_point() == value.is_floating_point()
         require(
-            held is not None and (*held[:2], held[3]) == (*value.shape[:2], value.shape[3]),
-            f"state[{name!r}] {'is missing' if held is None else f'has shape {tuple(held)}'}, and this layer with this "
-            f"batch adds {tuple(value.shape)}: is it the state of another layer or another batch?",
+            fits and (*held.shape[:2], held.shape[3]) == (*value.shape[:2], value.shape[3]) and held.shape[2] in slots,
+            f"state[{name!r}] {'is missing' if held is None else f'is {held.dtype} of shape {tuple(held.shape)}'}, and "
+            f"this layer with this batch adds {value.dtype} of shape {tuple(value.shape)}: "
+            f"is it the state of another layer or another batch?",
             ValueError,
         )
 
@@ -37,8 +44,8 @@ class GrowingCache:
 
     def update(self, state: dict, **new: Num[Tensor, "b _ t _"]) -> tuple[Num[Tensor, "b _ s _"], ...]:
         """Append each tensor, and return all of each that the new queries may look at, oldest first."""
-        _require_same_text(state, new)
         seen = state.get("length", 0)
+        _require_same_text(state, new, range(seen, sys.maxsize))
         length = seen + next(iter(new.values())).shape[2]
         for name, value in new.items():
             if name not in state or state[name].shape[2] < length:
@@ -69,8 +76,8 @@ class RingCache(GrowingCache):
 
     def update(self, state: dict, **new: Num[Tensor, "b _ t _"]) -> tuple[Num[Tensor, "b _ s _"], ...]:
         """Store the new tokens; return the keys in view. For one token they come as they lie, not oldest first."""
-        _require_same_text(state, new)
         seen, w = state.get("length", 0), self.window
+        _require_same_text(state, new, range(w, w + 1))
         t = next(iter(new.values())).shape[2]
         for name, value in new.items():
             if name not in state:
