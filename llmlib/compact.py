@@ -14,10 +14,9 @@ Every key is checked, and every key counts: one that would have no effect is an 
 """
 
 import difflib
+import math
 from collections.abc import Callable
 from pathlib import Path
-
-import yaml
 
 from llmlib.attention import MLA, Attention
 from llmlib.errors import ConfigError, require
@@ -26,6 +25,7 @@ from llmlib.model import Layer, ModelConfig, Spec, spec
 from llmlib.moe import MoE
 from llmlib.norm import RMSNorm
 from llmlib.ssm import Mamba, Mamba2, Mamba3
+from llmlib.yaml12 import read_yaml
 
 SIZES = ("hidden_size", "num_layers", "vocab_size")
 ATTENTION = ("num_heads", "kv_heads", "rope_theta", "sliding_window", "kv_latent_dim", "q_latent_dim", "d_rope")
@@ -69,7 +69,7 @@ def from_yaml(source: str | Path) -> ModelConfig:
     Raises ConfigError for unknown or idle keys, values of the wrong type, sizes that don't fit together, and layer
     lists that overlap, leave a gap, or name a layer that isn't there.
     """
-    data = yaml.safe_load(_text(source))
+    data = read_yaml(_text(source))
     require(isinstance(data, dict), f"a compact config is a mapping of keys to values, and this is {data!r}")
     _check_values(data)
     kinds = _kinds(data)
@@ -127,7 +127,8 @@ def _kinds(data: dict) -> list[str]:
     n = data["num_layers"]
     given = {kind: _layer_list(data, f"{kind}_layers") for kind in ("attention", "mamba") if f"{kind}_layers" in data}
     if not given:
-        present = [kind for kind in ("attention", "mamba") if any(key in data for key in _keys_of(kind))]
+        given_keys = {key for key, value in data.items() if value is not False}
+        present = [kind for kind in ("attention", "mamba") if given_keys & set(_keys_of(kind))]
         require(
             len(present) == 1,
             f"which layers are which? the config has keys of {' and '.join(present) or 'neither attention nor mamba'}: "
@@ -180,20 +181,27 @@ def _mamba(data: dict) -> Spec:
         _refuse(
             data, (*MAMBA, *(["mamba2_conv_kernel"] if not data.get("mamba3_use_conv") else [])), "Mamba-3 has none"
         )
+        states = data.get("mamba2_state_size", 128)
+        require(states % 2 == 0, f"mamba2_state_size is {states}, and Mamba-3 needs it even: its numbers turn in pairs")
         return spec(Mamba3, **_heads(data), **_options(data, MAMBA3))
     _refuse(data, tuple(MAMBA3), "mamba3_enabled is not true")
     if any(key in data for key in MAMBA2):
         _refuse(data, tuple(MAMBA), "the keys that start with mamba2_ make it Mamba-2")
         return spec(Mamba2, **_heads(data))
+    d, expand = data["hidden_size"], data.get("mamba_expand", 2)
+    require(
+        round(d * expand) >= 1 and math.isclose(d * expand, round(d * expand)),
+        f"hidden_size · mamba_expand must be whole and at least 1, but {d} · {expand} is not",
+    )
     return spec(Mamba, **_options(data, MAMBA))
 
 
 def _heads(data: dict) -> dict:
     """The options of Mamba-2 and Mamba-3, once their heads fit the width."""
     d, expand, p = data["hidden_size"], data.get("mamba2_expand", 2), data.get("mamba2_head_dim", 64)
-    heads = data.get("mamba2_num_heads", int(d * expand) // p)
+    heads = data.get("mamba2_num_heads", max(1, round(d * expand) // p))
     require(
-        d * expand == heads * p,
+        math.isclose(d * expand, heads * p),
         f"hidden_size · mamba2_expand must equal mamba2_num_heads · mamba2_head_dim, "
         f"but {d} · {expand} = {d * expand:g} and {heads} · {p} = {heads * p}",
     )

@@ -29,3 +29,32 @@ def require(condition: bool, message: str, error: type[Exception] = ConfigError)
     """Raise `error(message)` unless `condition` holds."""
     if not condition:
         raise error(message)
+
+
+def require_at_least_1(error: type[Exception] = ConfigError, **sizes: float) -> None:
+    """Raise `error` for the first of the named sizes that is below 1."""
+    for name, size in sizes.items():
+        require(size >= 1, f"{name} is {size}, and must be at least 1", error)
+
+
+def require_range(name: str, bounds: tuple[float, float], *, above_0: bool = True) -> None:
+    """Raise ConfigError unless (low, high) runs upwards, from above 0, or else from 0."""
+    low, high = bounds
+    require(
+        low <= high and (low > 0 if above_0 else low >= 0),
+        f"{name} is ({low}, {high}), and must be (low, high) with 0 {'<' if above_0 else '≤'} low ≤ high",
+    )
+
+
+def require_state(state: dict | None, names: tuple[str, ...], owner: str) -> None:
+    """Raise ValueError unless a layer's state holds nothing yet, or all of `names` and no other.
+
+    Besides them a state may hold "reserve", which is for caches, and "cross", which is for cross-attention.
+    """
+    found = set(state or ()) - {"reserve", "cross"}
+    require(
+        not found or found == set(names),
+        f"state holds {', '.join(map(repr, sorted(found)))}, and {owner} keeps "
+        f"{', '.join(map(repr, names))}: is it the state of another layer?",
+        ValueError,
+    )

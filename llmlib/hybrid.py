@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llmlib.context import Context
-from llmlib.errors import require
+from llmlib.errors import require, require_state
 from llmlib.ffn import ACTIVATIONS, glu
 from llmlib.norm import init_linears_
 
@@ -63,6 +63,7 @@ class ParallelHeads(nn.Module):
     def forward(
         self, x: Float[Tensor, "b t d"], state: dict | None = None, context: Context | None = None
     ) -> Float[Tensor, "b t d"]:
+        require_state(state, tuple(map(str, range(len(self.mixers)))), type(self).__name__)
         total = 0
         for i, mixer in enumerate(self.mixers):
             y = mixer(x if self.input_scales is None else self.input_scales[i] * x, _part(state, str(i)), context)
@@ -171,16 +172,34 @@ class WithSharedBlock(nn.Module):
             "a shared block reads context.embeddings: call it inside a model",
             ValueError,
         )
+        require_state(state, ("block", "mixer"), type(self).__name__)
         blocks = context.shared.setdefault("blocks", {})
         if self.block is not None:
-            blocks[self.name] = self.block
+            require(
+                blocks.setdefault(self.name, self.block) is self.block,
+                f"two layers give the shared block {self.name!r} weights: give block= in the first of that name only",
+            )
         require(
             self.name in blocks,
             f"no layer before this one has the shared block {self.name!r}: "
             f"give the first of that name block=spec(SharedBlock, …)",
         )
+        self._require_fit(blocks[self.name])
         y = self.linear(blocks[self.name](x, _part(state, "block"), context, self))
         return self.mixer(self.norm(x + y), _part(state, "mixer"), context)
+
+    def _require_fit(self, block: SharedBlock) -> None:
+        """Raises ConfigError where an adapter has another width than what it changes."""
+        if self.adapter is not None:
+            mine, its = self.adapter[1].out_features // 2, block.gate_up_proj.out_features // 2
+            require(mine == its, f"d_ff is {mine}, and that of the shared block {self.name!r} is {its}: give the same")
+        for name, adapter in self.attention_adapters.items():
+            mine, its = adapter[1].out_features, getattr(block.attention, name).out_features
+            require(
+                mine == its,
+                f"attention_adapter changes a {name} as wide as its input, {mine}, and that of the shared block "
+                f"{self.name!r} is {its} wide: give its attention heads of that width in all, and no groups",
+            )
 
 
 def _low_rank(d_in: int, rank: int, d_out: int) -> nn.Sequential:

@@ -19,6 +19,7 @@ from llmlib.context import Context
 from llmlib.errors import ConfigError, require
 from llmlib.generate import generate
 from llmlib.ops import available, op
+from llmlib.yaml12 import read_yaml
 
 PLACEMENTS = ("pre", "post", "inside", "sandwich")
 
@@ -170,7 +171,7 @@ class ModelConfig:
     @classmethod
     def from_yaml(cls, text: str) -> "ModelConfig":
         """Read back what `to_yaml` wrote. An unknown key or component is a ConfigError that names it."""
-        data = yaml.safe_load(text)
+        data = read_yaml(text)
         require(isinstance(data, dict), f"a model's YAML is a mapping of fields, and this is {type(data).__name__}")
         layers = []
         for i, entry in enumerate(data.pop("layers", [])):
@@ -383,6 +384,12 @@ class Backbone(nn.Module):
         memory     an encoder's output, read by cross-attention
         """
         t, seen = tokens.shape[1], state.length if state is not None else 0
+        require(
+            state is None or len(state) == len(self.layers),
+            f"state has {state is not None and len(state)} layers and this model {len(self.layers)}: "
+            f"is it the state of another model?",
+            ValueError,
+        )
         if positions is None and valid is not None:
             positions = (valid.long().cumsum(1) - 1).clamp(min=0)[:, -t:]
         if positions is None and documents is not None:

@@ -134,6 +134,8 @@ class RMSNorm(nn.Module):
     num_heads    one gain for each head: x is (… h d) and w is (h d)
     """
 
+    undecayed = ("weight",)
+
     def __init__(
         self,
         dim: int,
@@ -146,7 +148,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.unit_offset = eps, unit_offset
         shape = (dim,) if num_heads is None else (num_heads, dim)
-        self.weight = undecayed(torch.zeros(shape) if unit_offset else torch.ones(shape)) if weight else None
+        self.weight = nn.Parameter(torch.zeros(shape) if unit_offset else torch.ones(shape)) if weight else None
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         # 1 + w is formed in float32: in bfloat16 it would round w to steps of 1/128
@@ -164,14 +166,16 @@ class LayerNorm(nn.Module):
     num_heads     one w and b for each head: x is (… h d), w and b are (h d)
     """
 
+    undecayed = ("weight", "bias")
+
     def __init__(
         self, dim: int, *, eps: float = 1e-5, weight: bool = True, bias: bool = True, num_heads: int | None = None
     ):
         super().__init__()
         self.eps = eps
         shape = (dim,) if num_heads is None else (num_heads, dim)
-        self.weight = undecayed(torch.ones(shape)) if weight else None
-        self.bias = undecayed(torch.zeros(shape)) if bias else None
+        self.weight = nn.Parameter(torch.ones(shape)) if weight else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
@@ -188,8 +192,8 @@ class DyT(nn.Module):
 
     def __init__(self, dim: int, *, alpha: float = 0.5):
         super().__init__()
-        self.alpha = undecayed(torch.full((1,), alpha))
-        self.weight, self.bias = undecayed(torch.ones(dim)), undecayed(torch.zeros(dim))
+        self.alpha = nn.Parameter(torch.full((1,), alpha))
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         return self.weight * torch.tanh(self.alpha * x) + self.bias

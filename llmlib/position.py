@@ -344,13 +344,14 @@ class T5Bias(nn.Module):
     half of them are for keys after the query.
     """
 
+    undecayed = ("weight",)
+
     def __init__(self, num_heads: int, *, num_buckets: int = 32, max_distance: int = 128, causal: bool = True):
         super().__init__()
         require(num_buckets % 4 == 0, f"num_buckets is {num_buckets}, and must be a multiple of 4")
         require(max_distance > num_buckets, f"max_distance = {max_distance} must be above num_buckets = {num_buckets}")
         self.num_buckets, self.max_distance, self.causal = num_buckets, max_distance, causal
         self.weight = nn.Parameter(torch.empty(num_buckets, num_heads))
-        self.weight.no_weight_decay = True
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -377,11 +378,12 @@ class LearnedPosition(nn.Module):
     offset  rows of the table before the one for position 0 (OPT has 2)
     """
 
+    undecayed = ("weight",)
+
     def __init__(self, d_model: int, *, max_positions: int, offset: int = 0):
         super().__init__()
         self.max_positions, self.offset = max_positions, offset
         self.weight = nn.Parameter(torch.empty(max_positions + offset, d_model))
-        self.weight.no_weight_decay = True
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:

@@ -57,12 +57,18 @@ def learning_rate_at(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for matrices only: gains, biases and whatever is tagged `no_weight_decay` go without."""
+    """Weight decay for matrices only: vectors, such as gains and biases, and what asks to be spared go without.
+
+    A module's class names those of its own parameters that are spared in `undecayed`, which copying, loading and moving
+    a model leave as it is; a tag `no_weight_decay` on a single parameter is lost where PyTorch makes it anew.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and not getattr(p, "no_weight_decay", False)]
-    spared = {id(p) for p in trained} - {id(p) for p in decayed}
+    spared = {id(p) for p in trained if p.ndim < 2 or getattr(p, "no_weight_decay", False)}
+    for module in model.modules():
+        names = getattr(module, "undecayed", ())
+        spared |= {id(p) for name, p in module.named_parameters(recurse=False) if name in names}
     return [
-        {"params": decayed, "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in spared], "weight_decay": weight_decay},
         {"params": [p for p in trained if id(p) in spared], "weight_decay": 0.0},
     ]
 

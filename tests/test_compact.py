@@ -132,6 +132,18 @@ MISTAKES = {
         {"mamba_layers": [0], **MAMBA2, "mamba2_n_groups": 3},
         "mamba2_num_heads must be a multiple of mamba2_n_groups, and 4 is not a multiple of 3",
     ),
+    "an inner width that is no number of channels": (
+        {"mamba_layers": [0], "mamba_expand": 1.3},
+        "hidden_size · mamba_expand must be whole and at least 1, but 32 · 1.3 is not",
+    ),
+    "a head wider than the layer": (
+        {"mamba_layers": [0], "mamba2_head_dim": 128},
+        "but 32 · 2 = 64 and 1 · 128 = 128",
+    ),
+    "an odd state": (
+        {"mamba_layers": [0], "mamba3_enabled": True, **MAMBA2, "mamba2_state_size": 7},
+        "mamba2_state_size is 7, and Mamba-3 needs it even",
+    ),
     "two Mambas": ({"mamba_layers": [0], **MAMBA2, "mamba_d_state": 4}, "mamba_d_state would have no effect: the keys"),
     "Mamba-3 not enabled": (
         {"mamba_layers": [0], **MAMBA2, "mamba3_mimo_rank": 4},
@@ -172,7 +184,21 @@ def test_a_mistake_is_named(keys, message):
     assert message in str(caught.value)
 
 
+def test_numbers_are_those_of_yaml_1_2():
+    """YAML 1.1, which PyYAML reads, takes 1e4 for a word."""
+    for number in ("1e4", "1E+4", "10e3", "1.e4", ".1e5", "10000.0"):
+        text = write(**BASE, **HEADS) + f"\nrope_theta: {number}\n"
+        assert from_yaml(text).layers[0].mixer.options["rope_theta"] == 1e4
+
+
+def test_a_key_that_stands_twice_is_named():
+    with pytest.raises(ConfigError, match="the mapping from line 1 on has num_heads twice"):
+        from_yaml(write(**BASE, **HEADS) + "\nnum_heads: 8\n")
+
+
 def test_more_mistakes():
+    with pytest.raises(ConfigError, match="which layers are which.*neither attention nor mamba"):
+        from_yaml(write(**BASE, mamba3_enabled=False))
     with pytest.raises(ConfigError, match="the config lacks vocab_size"):
         from_yaml(write(hidden_size=8, num_layers=1, num_heads=2))
     with pytest.raises(ConfigError, match="which layers are which.*neither attention nor mamba"):

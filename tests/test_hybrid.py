@@ -156,14 +156,61 @@ def test_parallel_heads_add_what_their_mixers_give():
             "activation is 'gello'",
         ),
         (
-            lambda: CausalLM(config("pure Mamba").replace(layers=(zamba("a"),)))(torch.zeros(1, 1, dtype=torch.long)),
+            lambda: run(zamba("a")),
             "no layer before this one has the shared block 'a'",
+        ),
+        (
+            lambda: run(zamba("a", block=block), zamba("a", block=block)),
+            "two layers give the shared block 'a' weights: give block= in the first of that name only",
+        ),
+        (
+            lambda: run(zamba("a", block=spec(SharedBlock, **block.options | {"d_ff": 48}))),
+            "d_ff is 40, and that of the shared block 'a' is 48: give the same",
+        ),
+        (
+            lambda: run(zamba("a", block=grouped, attention_adapter=True)),
+            "attention_adapter changes a k_proj as wide as its input, 64, and that of the shared block 'a' is 32 wide",
         ),
     ],
 )
 def test_what_does_not_fit_is_named(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+def run(*layers):
+    return CausalLM(config("pure Mamba").replace(layers=layers))(torch.zeros(1, 1, dtype=torch.long))
+
+
+grouped = spec(
+    SharedBlock, attention=spec(Attention, num_heads=4, num_kv_heads=2, d_out=D), norm=spec(RMSNorm), d_ff=40
+)
+
+
+@kinds
+def test_the_state_of_another_model_is_refused(kind):
+    model, tokens = build(kind)
+    for other in KINDS:
+        state = build(other)[0].new_state()
+        build(other)[0](tokens, state)
+        if len(state) != len(model.layers) or shapes(state) != shapes(own_state(model, tokens)):
+            with pytest.raises(ValueError, match="is it the state of another"):
+                model(tokens[:, :1], state)
+    with pytest.raises(ValueError, match="is it the state of another layer or another batch"):
+        model(tokens[:1], own_state(model, tokens))
+
+
+def own_state(model, tokens):
+    state = model.new_state()
+    model(tokens, state)
+    return state
+
+
+def shapes(state):
+    if isinstance(state, torch.Tensor):
+        return state.shape
+    items = enumerate(state) if isinstance(state, list) else state.items()
+    return {name: shapes(part) for name, part in items if isinstance(part, torch.Tensor | dict)}
 
 
 def test_a_shared_block_needs_the_embeddings():

@@ -117,6 +117,7 @@ def test_yaml_round_trip(config):
         (("ffn.SwiGLU", "ffn.SwiGLO"), "there is no component 'llmlib.ffn.SwiGLO'"),
         (("mixer:", "mixxer:"), r"layers\[0\] has no key 'mixxer'"),
         (("vocab_size: 61\n", ""), "config lacks vocab_size"),
+        (("vocab_size: 61\n", "vocab_size: 61\nvocab_size: 62\n"), "has vocab_size twice"),
     ],
 )
 def test_yaml_mistakes_are_named(edit, message):

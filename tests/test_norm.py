@@ -20,6 +20,7 @@ from llmlib.norm import (
     rms_norm,
 )
 from llmlib.ops import kernels
+from llmlib.train import parameter_groups
 
 torch.set_num_threads(1)
 
@@ -136,5 +137,5 @@ def test_deepnorm_constants():
 
 
 def test_gains_are_free_of_weight_decay():
-    for norm in (RMSNorm(4), LayerNorm(4), DyT(4)):
-        assert all(p.no_weight_decay for p in norm.parameters())
+    for norm in (RMSNorm(4), RMSNorm(4, num_heads=2), LayerNorm(4), LayerNorm(4, num_heads=2), DyT(4)):
+        assert parameter_groups(norm, 0.1)[0]["params"] == []

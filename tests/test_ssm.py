@@ -113,6 +113,27 @@ def test_gradients_are_those_of_the_definition(kernel):
         assert torch.autograd.gradcheck(by_pieces(scan), (*ssd_inputs(1, 5, 2, 2, 1, 2), h))
 
 
+@pytest.mark.parametrize("wanted", [slice(None), slice(1)], ids=["all inputs", "x alone"])
+def test_twins_can_be_differentiated_twice(wanted):
+    """Also where autograd is asked for some inputs only, and so might leave out an error raised on the way."""
+    scans = (
+        (ssm.selective_scan, selective_inputs(1, 3, 2, 2)),
+        (by_pieces(lambda *a: ssm.ssd(*a, chunk_size=2)), ssd_inputs(1, 3, 2, 2, 1, 2)),
+    )
+    for scan, args in scans:
+        rest = [w.detach() for w in args[len(args[wanted]) :]]
+        assert torch.autograd.gradgradcheck(lambda *a: scan(*a, *rest).square(), args[wanted])  # noqa: B023
+
+        def second(function, args=args):
+            x, dt = args[:2]
+            first = torch.autograd.grad(function(*args).square().sum(), dt, create_graph=True)[0]
+            return torch.autograd.grad(first.square().sum(), (x, args[2]))
+
+        with kernels("reference"):
+            expected = second(scan)
+        torch.testing.assert_close(second(scan), expected, rtol=1e-9, atol=1e-9)
+
+
 def mamba3_inputs(b=2, t=7, h=4, r=2, p=3, g=2, n=6, a=2, with_D=True, seed=0, dtype=torch.float64):
     random = torch.Generator().manual_seed(seed)
     shapes = (b, t, h, r, p), (b, t, h), (b, t, g, r, n), (b, t, g, r, n), (h, r, n), (h, r, n), (b, t, a), (h,)
@@ -248,6 +269,25 @@ def test_s4d_is_a_recurrence_and_a_convolution(t, method, initial):
     torch.testing.assert_close(torch.einsum("btdn,dn->btd", states, C).real, y, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("method, dt, A", [("bilinear", 0.5, -4.0), ("zoh", 100.0, -1e4)])
+def test_s4d_forgets_at_once_where_a_step_keeps_nothing(method, dt, A):
+    """Ā = 0: the kernel is C B̄ and then 0, with finite gradients."""
+    A = torch.full((1, 2), A, dtype=torch.complex64, requires_grad=True)
+    A_bar, B_bar = ssm.discretise(A, torch.ones_like(A), torch.tensor([dt]), method)
+    assert (A_bar == 0).all()
+    kernel = ssm.s4d_kernel(A_bar, B_bar, torch.ones_like(A), 4)
+    torch.testing.assert_close(kernel[0], torch.stack([B_bar.real.sum(), *torch.zeros(3)]))
+    assert torch.autograd.grad(kernel.sum(), A)[0].isfinite().all()
+
+
+def test_forms_stay_on_the_device_of_their_inputs():
+    with torch.device("meta"):
+        layer, x = ssm.S4D(8, d_state=4), torch.randn(1, 1, 8)
+    assert layer(x, {}).device.type == "meta"
+    args = [w.detach().to("meta") for w in mamba3_inputs()]
+    assert ssm.mamba3_quadratic(*args).device.type == "meta"
+
+
 def test_discretisations_are_scipys():
     signal = pytest.importorskip("scipy.signal")
     A, B, dt = torch.tensor([[-0.7, -2.0]]).double(), torch.tensor([[1.5, -0.3]]).double(), torch.tensor([0.3]).double()
@@ -361,6 +401,105 @@ def test_long_sums_do_not_drift():
         torch.testing.assert_close(y.double(), ssm.ssd_recurrent(*args), rtol=1e-4, atol=1e-4)
 
 
+def relative_error(found, expected):
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+NARROW = {  # the inputs that a model computes in its own type
+    "selective_scan": (0, 3, 4), "ssd": (0, 3, 4), "ssd in pieces": (0, 3, 4), "mamba3_scan": (0, 3, 4, 5, 8),
+    "gated_delta_rule": (0, 1, 2, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_sums_stay_float32_where_inputs_are_bfloat16(name):
+    """The last state, which is float32, is as exact as one of float32 inputs that have been rounded to 8 bits."""
+    scan, inputs, options = SCANS[name]
+    sizes = {"d": 2} if name == "selective_scan" else {}
+    args = [w.detach().float() for w in inputs(b=1, t=2048, **sizes)]
+    args = [w.bfloat16() if i in NARROW[name] else w for i, w in enumerate(args)]
+    with kernels("reference"):
+        expected = scan(*(w.double() for w in args), return_state=True, **options)
+    y, state = scan(*args, return_state=True, **options)
+    assert y.dtype == torch.bfloat16 and relative_error(y, expected[0]) < 4e-3
+    pairs = [(state, expected[1])] if isinstance(state, torch.Tensor) else zip(state[1:], expected[1][1:], strict=True)
+    for found, right in pairs:
+        assert found.dtype == torch.float32 and relative_error(found, right) < 2e-5
+
+
+def log_decays(t, h, big):
+    """One step in ten forgets everything, and the others keep 95 %."""
+    small = torch.full((1, t, h), -0.05, dtype=torch.float64)
+    return torch.where(torch.rand(1, t, h, generator=torch.Generator().manual_seed(0)) < 0.1, big, small)
+
+
+@pytest.mark.parametrize("big", [-160.0, -1e6, -1e30])
+@pytest.mark.parametrize("scan", [ssm.ssd, by_pieces(ssm.ssd)], ids=["ssd", "ssd in pieces"])
+def test_great_and_small_steps_share_a_chunk(scan, big):
+    """Sums of the great ones must leave digits for the small ones, in the outputs and in every gradient."""
+    x, dt, A, B, C, D = ssd_inputs(b=1, t=256, h=2, g=1, n=4)
+    A, dt = torch.full_like(A, -1.0), -log_decays(256, 2, big)
+    args = [w.detach().float().requires_grad_() for w in (x, dt, A, B, C, D)]
+    exact = [w.detach().double().requires_grad_() for w in args]
+    # the great steps' own inputs would drown the others: they feed nothing
+    keep = (exact[1].detach() < 1).double()
+    results = []
+    for run, inputs in ((scan, args), (ssm.ssd_recurrent, exact)):
+        y = run(inputs[0] * keep[..., None].to(inputs[0].dtype), *inputs[1:])
+        results.append((y, *torch.autograd.grad(y.square().sum(), [inputs[i] for i in (0, 1, 3, 4)])))
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("big", [-160.0, -1e6, -torch.inf])
+def test_great_and_small_decays_of_the_delta_rule(big):
+    args = [w.detach() for w in delta_inputs(b=1, t=256, h=2)]
+    args[4] = log_decays(256, 2, big)
+    narrow = [w.float().requires_grad_() for w in args]
+    y, expected = ssm.gated_delta_rule(*narrow), ssm.gated_delta_recurrent(*args)
+    assert relative_error(y, expected) < 1e-4
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.square().sum(), narrow))
+
+
+@pytest.mark.parametrize("name", ["ssd", "ssd in pieces"])
+def test_a_decay_that_overflows_forgets(name):
+    args = [w.detach().float() for w in SCANS[name][1](b=1, t=9)]
+    args[1][:, 4], args[2] = 1e20, torch.full_like(args[2], -1e20)
+    args = [w.requires_grad_() for w in args]
+    y, state = SCANS[name][0](*args, return_state=True)
+    assert all(w.isfinite().all() for w in (y, state, *torch.autograd.grad(y.mean(), args)))
+
+
+def test_decays_have_exact_gradients_in_pieces():
+    """dt up to 10 and A = −16: y · ∂y − v · ∂v, which is the same in exact numbers, has a tenth of the digits."""
+    random = torch.Generator().manual_seed(0)
+    x, B, C = (torch.randn(1, 2048, n, 16, generator=random) for n in (8, 1, 1))
+    args = [x, torch.rand(1, 2048, 8, generator=random) * 10, torch.full((8,), -16.0), B, C]
+    weights = torch.randn(x.shape, generator=random)
+
+    def gradient(dtype, scan):
+        inputs = [w.to(dtype).requires_grad_() for w in args]
+        return torch.autograd.grad((scan(*inputs) * weights.to(dtype)).sum(), inputs[2])[0]
+
+    exact = gradient(torch.float64, ssm.ssd)
+    with kernels("reference"):
+        reference = relative_error(gradient(torch.float32, ssm.ssd), exact)
+    assert relative_error(gradient(torch.float32, by_pieces(ssm.ssd)), exact) < 3 * reference
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_autocast_leaves_scans_alone(name):
+    scan, inputs, options = SCANS[name]
+    args = [w.detach().float().requires_grad_() for w in inputs(t=50)]
+    y, state = scan(*args, return_state=True, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, found_state = scan(*args, return_state=True, **options)
+        torch.autograd.grad(found.square().sum(), args, retain_graph=True)  # it belongs outside, and works inside
+    torch.testing.assert_close((found, found_state), (y, state), rtol=0, atol=0)
+    gradients = (torch.autograd.grad(w.square().sum(), args) for w in (found, y))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_the_work_of_the_parallel_scan_grows_as_t_log_t():
     a, u = torch.rand(1, 100, 3, dtype=torch.float64), torch.randn(1, 100, 3, dtype=torch.float64)
     h = torch.zeros(1, 3, dtype=torch.float64)
@@ -418,6 +557,43 @@ def test_angles_that_do_not_fit_are_named():
     state = [torch.zeros(2, 4, 2), torch.zeros(2, 4, 3, 5), torch.zeros(2, 4, 2, 6), torch.zeros(2, 4, 2, 3)]
     with pytest.raises(ValueError, match=r"initial state has shape \(2, 4, 3, 5\) as \(b, h, p, n\), so n = 5"):
         ssm.mamba3_scan(*args, initial_state=tuple(state))
+
+
+def update_inputs():
+    A, state = -torch.ones(4, 1, 1), torch.zeros(2, 4, 3, 5)
+    return {"x": torch.ones(2, 4, 3), "dt": torch.ones(2, 4, 1), "A": A, "B": torch.ones(2, 2, 5),
+            "C": torch.ones(2, 2, 5), "D": torch.ones(4, 1), "state": state}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"state": torch.zeros(1, 4, 3, 5)}, r"state has shape \(1, 4, 3, 5\) as \(b, h, p, n\), so b = 1, but x has"),
+        ({"state": torch.zeros(2, 4, 3, 1)}, r"state has shape \(2, 4, 3, 1\).* so n = 1, but B has n = 5"),
+        ({"B": torch.ones(2, 3, 5), "C": torch.ones(2, 3, 5)}, "B has 3 groups and x has 4 heads"),
+        ({"dt": torch.ones(2, 4, 2)}, r"dt has shape \(2, 4, 2\).* so p = 2, but x has p = 3"),
+        ({"A": torch.ones(4, 1)}, r"A has shape \(4, 1\), and must be \(h, #p, #n\)"),
+    ],
+)
+def test_a_step_with_wrong_shapes_is_named(bad, message):
+    ssm.state_update(**update_inputs())
+    with pytest.raises(ValueError, match=message):
+        ssm.state_update(**update_inputs() | bad)
+
+
+def test_a_chunk_of_nothing_is_named():
+    q = torch.ones(1, 4, 2, 3)
+    with pytest.raises(ValueError, match="chunk_size is 0, and must be at least 1"):
+        ssm.linear_attention(q, q, q, chunk_size=0)
+
+
+@pytest.mark.parametrize("state, message", [
+    ((torch.zeros(2, 4, 2), torch.zeros(2, 4, 3, 6), torch.zeros(2, 4, 2, 6)), r"4 tensors .* it is 3, of shapes \["),
+    (torch.zeros(2, 4, 3, 6), r"it is one tensor of shape \(2, 4, 3, 6\)"),
+])  # fmt: skip
+def test_half_a_state_of_mamba3_is_named(state, message):
+    with pytest.raises(ValueError, match=message):
+        ssm.mamba3_scan(*mamba3_inputs(), initial_state=state)
 
 
 def test_no_time_is_no_scan():

@@ -1,5 +1,6 @@
 """The loop does what its parts say, stops on NaN, and an interrupted run ends with the weights of a whole one."""
 
+import copy
 import math
 import os
 import signal
@@ -15,6 +16,11 @@ from torch import nn
 from llmlib import train as training
 from llmlib.data import IGNORED, Batch, load_corpus
 from llmlib.errors import ConfigError, TrainingError
+from llmlib.ffn import SwiGLU
+from llmlib.model import CausalLM, Layer, ModelConfig, spec
+from llmlib.moe import MoE
+from llmlib.norm import RMSNorm
+from llmlib.ssm import GatedDeltaNet, Mamba, Mamba2, Mamba3
 from llmlib.train import automatic_precision, evaluate, learning_rate_at, loss_of, parameter_groups, train
 
 torch.set_num_threads(1)
@@ -107,6 +113,22 @@ def test_weight_decay_groups():
     assert spared["weight_decay"] == 0.0
     assert [id(p) for p in decayed["params"]] == [id(model.head.weight)]
     assert {id(p) for p in spared["params"]} == {id(model.embedding.weight), id(model.head.bias)}
+
+
+def test_biases_of_stacked_experts_are_spared_after_copying():
+    experts = MoE(8, num_experts=2, top_k=1, expert=spec(SwiGLU, d_ff=12, bias=True))
+    for module in (experts, copy.deepcopy(experts)):
+        spared = {id(p) for p in parameter_groups(module, 0.1)[1]["params"]}
+        assert all((id(p) in spared) == name.endswith("bias") for name, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("mixer", [Mamba, Mamba2, Mamba3, GatedDeltaNet], ids=lambda mixer: mixer.__name__)
+def test_state_space_models_train_in_bfloat16(mixer):
+    sizes = {Mamba: {}, GatedDeltaNet: {"num_heads": 2, "head_dim": 4}}.get(mixer, {"head_dim": 8, "d_state": 8})
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(vocab_size=7, d_model=8, layers=(Layer(spec(mixer, **sizes)),), norm=spec(RMSNorm)))
+    history = train(model, cycle, steps=30, learning_rate=0.02, precision=torch.bfloat16, progress=False)
+    assert history.losses[-1] < history.losses[0] - 0.1
 
 
 def test_auxiliary_loss_is_minimised_but_not_reported_as_loss():

@@ -1,8 +1,39 @@
 """Caches: what attention keeps of the tokens it has seen, in the layer's `state`; one interface, `update`."""
 
+import sys
+
 import torch
 from jaxtyping import Int, Num
 from torch import Tensor
+
+from llmlib.errors import require, require_state
+
+
+def tokens_seen(state: dict | None) -> int:
+    """How many tokens an attention layer's state holds; ValueError where it is that of a layer of another kind."""
+    if state is None or "length" in state:
+        return 0 if state is None else state["length"]
+    require_state(state, ("length",), "attention")
+    return 0
+
+
+def _require_same_text(state: dict, new: dict[str, Tensor], slots: range) -> None:
+    """Raise ValueError where another layer or another batch filled the state: it might broadcast in silence.
+
+    slots  how many tokens the buffers may have room for
+    """
+    for name, value in new.items():
+        if name not in state and "length" not in state:
+            continue
+        held = state.get(name)
+        fits = held is not None and held.is_floating_point() == value.is_floating_point()
+        require(
+            fits and (*held.shape[:2], held.shape[3]) == (*value.shape[:2], value.shape[3]) and held.shape[2] in slots,
+            f"state[{name!r}] {'is missing' if held is None else f'is {held.dtype} of shape {tuple(held.shape)}'}, and "
+            f"this layer with this batch adds {value.dtype} of shape {tuple(value.shape)}: "
+            f"is it the state of another layer or another batch?",
+            ValueError,
+        )
 
 
 class GrowingCache:
@@ -14,6 +45,7 @@ class GrowingCache:
     def update(self, state: dict, **new: Num[Tensor, "b _ t _"]) -> tuple[Num[Tensor, "b _ s _"], ...]:
         """Append each tensor, and return all of each that the new queries may look at, oldest first."""
         seen = state.get("length", 0)
+        _require_same_text(state, new, range(seen, sys.maxsize))
         length = seen + next(iter(new.values())).shape[2]
         for name, value in new.items():
             if name not in state or state[name].shape[2] < length:
@@ -45,6 +77,7 @@ class RingCache(GrowingCache):
     def update(self, state: dict, **new: Num[Tensor, "b _ t _"]) -> tuple[Num[Tensor, "b _ s _"], ...]:
         """Store the new tokens; return the keys in view. For one token they come as they lie, not oldest first."""
         seen, w = state.get("length", 0), self.window
+        _require_same_text(state, new, range(w, w + 1))
         t = next(iter(new.values())).shape[2]
         for name, value in new.items():
             if name not in state:

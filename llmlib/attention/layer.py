@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from llmlib.attention.cache import CACHES, make_cache
+from llmlib.attention.cache import CACHES, make_cache, tokens_seen
 from llmlib.attention.functional import attention, both
 from llmlib.context import Context
 from llmlib.errors import require
@@ -124,7 +124,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b t d_out"]:
         context = Context() if context is None else context
         require(self.causal or state is None, "bidirectional attention reads a text at once and keeps no state")
-        start = 0 if state is None else state.get("length", 0)
+        start = tokens_seen(state)
         q = self._heads(x, self.q_proj, self.q_norm, self.num_heads)
         q, k, v, index = self._keys_values(q, x, start, state, context)
         y = self._attend(q, k, v, index, start, context).transpose(1, 2)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmlib.attention.cache import CACHES, make_cache
+from llmlib.attention.cache import CACHES, make_cache, tokens_seen
 from llmlib.attention.functional import attention
 from llmlib.attention.layer import context_mask
 from llmlib.context import Context
@@ -93,7 +93,7 @@ class MLA(nn.Module):
         self, x: Float[Tensor, "b t d"], state: dict | None = None, context: Context | None = None
     ) -> Float[Tensor, "b t d"]:
         context = Context() if context is None else context
-        start = 0 if state is None else state.get("length", 0)
+        start = tokens_seen(state)
         source = self._query_source(x)
         q, kept = self._queries_latents(x, source, start, state, context)
         absorb = self._absorbing_is_cheaper(q.shape[2], kept.shape[2]) if self.absorb is None else self.absorb

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from llmlib.attention.cache import GrowingCache
+from llmlib.attention.cache import GrowingCache, tokens_seen
 from llmlib.attention.functional import both, check_shapes, masked_softmax, visible
 from llmlib.attention.layer import check_heads, context_mask
 from llmlib.context import Context
@@ -167,7 +167,7 @@ class PaTHAttention(nn.Module):
         self, x: Float[Tensor, "b t d"], state: dict | None = None, context: Context | None = None
     ) -> Float[Tensor, "b t d"]:
         context, wide = Context() if context is None else context, at_least_float32(x.dtype)
-        start, t = 0 if state is None else state.get("length", 0), x.shape[1]
+        start, t = tokens_seen(state), x.shape[1]
         mask = context_mask(context, None, start, t, start + t)
         q, k, v = (
             f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)

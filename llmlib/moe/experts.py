@@ -219,6 +219,8 @@ class Shift:
 class StackedLinear(nn.Linear):
     """num_experts linear maps of one shape as one parameter, weight (E f d); all maps of a stack share a `Shift`."""
 
+    undecayed = ("bias",)
+
     def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool, shift: Shift):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmlib.norm import at_least_float32
 from llmlib.ops import available, op
-from llmlib.ssm.scan import needs_triton, require_shapes, widen
+from llmlib.ssm.scan import Recurrence, needs_triton, require_groups, require_shapes, widen
 
 
 @op
@@ -79,7 +79,7 @@ def _conv_by_fla(x, weight, bias=None, *, history=None):
     return causal_conv1d(x.contiguous(), weight.contiguous(), bias, initial_state=before, activation="silu")[0]
 
 
-@op
+@Recurrence
 def state_update(
     x: Float[Tensor, "b h p"],
     dt: Float[Tensor, "b h #p"],
@@ -102,6 +102,15 @@ def state_update(
     state = torch.addcmul(torch.exp(dt.unsqueeze(-1) * A) * state, (dt * u).unsqueeze(-1), B.unsqueeze(2))
     y = (C.unsqueeze(2) @ state.mT).squeeze(2)
     return (y if D is None else torch.addcmul(y, D, u)).to(x.dtype), state
+
+
+@state_update.check
+def _update_fits(x, dt, A, B, C, D=None, *, state):
+    letters = {
+        "x": "b h p", "dt": "b h #p", "A": "h #p #n", "B": "b g n", "C": "b g n", "D": "h #p", "state": "b h p n"
+    }  # fmt: skip
+    require_shapes(letters, x=x, B=B, C=C, state=state, dt=dt, A=A, D=D)
+    require_groups(x.shape[1], B.shape[1])
 
 
 def _update_refuses(x, dt, A, B, C, D=None, *, state) -> str | None:

@@ -4,17 +4,30 @@ Its three forms compute one function: `ssd_recurrent` steps through time, `ssd_q
 for each head, `ssd` does the second within chunks and the first between them.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from llmlib.ops import op
-from llmlib.ssm.scan import needs_triton, require_shapes, require_time, widen
+from llmlib.errors import require_at_least_1
+from llmlib.ops import differentiate_again
+from llmlib.ssm.scan import (
+    Recurrence,
+    needs_triton,
+    require_groups,
+    require_shapes,
+    require_time,
+    widen,
+    without_autocast,
+)
+
+FORGOTTEN = -100.0  # in float32 exp(-100) is nothing beside 1, and greater sums would swallow the small steps in them
 
 
-@op
+@Recurrence
 def ssd(
     x: Float[Tensor, "b t h p"],
     dt: Float[Tensor, "b t h"],
@@ -47,7 +60,7 @@ def ssd(
     return (y, state) if return_state else y
 
 
-@op
+@Recurrence
 def chunked_recurrence(
     q: Float[Tensor, "b t g r n"],
     k: Float[Tensor, "b t g m n"],
@@ -62,7 +75,8 @@ def chunked_recurrence(
         S_t = exp(a_t) S_{t−1} + Σ_m v_{t,m} k_{t,m}ᵀ        y_{t,r} = S_t q_{t,r}
 
     In a chunk y = (L ∘ q kᵀ) v with L[i, j] = exp(Σ_{j<s≤i} a_s); each chunk adds to the state, and reads what the
-    chunks before it left there.
+    chunks before it left there. Log decays below −100 count as −100: the state is forgotten all the same, and since
+    the a_s are sums since the chunk's start, a greater one would leave no digits for the small ones beside it.
     """
     t, h, m, p = v.shape[1:]
     g, r, n = q.shape[2:]
@@ -95,7 +109,7 @@ def _in_chunks(q, k, v, log_decay, size: int):
     g = q.shape[3]
     q, k = (rearrange(w, "b z c g r n -> b z g (c r) n") for w in (q, k))
     v = rearrange(v, "b z c (g i) m p -> b z g (c m) i p", g=g)
-    return q, k, v, rearrange(since, "b z c (g i) -> b z g i c", g=g).cumsum(-1)
+    return q, k, v, rearrange(since.clamp(min=FORGOTTEN), "b z c (g i) -> b z g i c", g=g).cumsum(-1)
 
 
 def _state_in(state: Float[Tensor, "b h p n"], g: int) -> Float[Tensor, "b g n ip"]:
@@ -129,7 +143,7 @@ def _by_pieces(q, k, v, log_decay, *, chunk_size, state=None):
 
 
 class _Pieces(torch.autograd.Function):
-    """Kept for the backward: the inputs, y, and the state at the start of each piece."""
+    """Kept for the backward: the inputs, and the state at the start of each piece."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, state, size, steps):
@@ -140,37 +154,49 @@ class _Pieces(torch.autograd.Function):
             inputs = q[:, s], k[:, s], v[:, s], log_decay[:, s]
             y, state = chunked_recurrence.reference(*inputs, chunk_size=size, state=state)
             ys.append(y)
-        y = torch.cat(ys, 1)
-        ctx.save_for_backward(q, k, v, log_decay, y, *starts)
-        return y, state
+        ctx.save_for_backward(q, k, v, log_decay, *starts)
+        return torch.cat(ys, 1), state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dstate):
-        q, k, v, log_decay, y, *starts = ctx.saved_tensors
-        inputs, g, p = (q, k, v, log_decay), q.shape[2], v.shape[-1]
-        grads, dstate = [torch.empty_like(w) for w in inputs], _state_in(dstate, g)
-        for s, start in zip(reversed(ctx.slices), reversed(starts), strict=True):
-            piece = (w[:, s] for w in (*inputs, y, dy))
-            *parts, dstate = _piece_backward(*piece, _state_in(start, g), dstate, ctx.size)
-            for whole, part in zip(grads, parts, strict=True):
-                whole[:, s] = part
-        return *grads, rearrange(dstate, "b g n (i p) -> b (g i) p n", p=p), None, None
+        inputs, starts = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        with without_autocast(dy):
+            if torch.is_grad_enabled():
+                readable = functools.partial(_readable, chunk_size=ctx.size)
+                return *differentiate_again(readable, (*inputs, starts[0]), (dy, dstate)), None, None
+            return *_pieces_backward(ctx, inputs, starts, dy, dstate), None, None
 
 
-def _piece_backward(q, k, v, log_decay, y, dy, start, dend, size):
+def _readable(q, k, v, log_decay, state, chunk_size):
+    return chunked_recurrence.reference(q, k, v, log_decay, chunk_size=chunk_size, state=state)
+
+
+def _pieces_backward(ctx, inputs, starts, dy, dstate):
+    g, p = inputs[0].shape[2], inputs[2].shape[-1]
+    grads, dstate = [torch.empty_like(w) for w in inputs], _state_in(dstate, g)
+    for s, start in zip(reversed(ctx.slices), reversed(starts), strict=True):
+        piece = (w[:, s] for w in (*inputs, dy))
+        *parts, dstate = _piece_backward(*piece, _state_in(start, g), dstate, ctx.size)
+        for whole, part in zip(grads, parts, strict=True):
+            whole[:, s] = part
+    return *grads, rearrange(dstate, "b g n (i p) -> b (g i) p n", p=p)
+
+
+def _piece_backward(q, k, v, log_decay, dy, start, dend, size):
     """The gradients of q, k, v, log_decay and the first state, from those of y and the last state.
 
     With G_z = ∂loss/∂S after chunk z, and e_i the decay from the chunk's start to step i, d_j that from j to its end:
 
         ∂v = (L ∘ q kᵀ)ᵀ ∂y + d k G        ∂q = (Σ_heads L ∘ ∂y vᵀ) k + e ∂y S_{z−1}ᵀ        ∂k likewise
-        ∂(Σ_{s≤i} a_s) = y_i · ∂y_i − v_i · ∂v_i, and S_z · G_z more at the chunk's last step
+        ∂(Σ_{s≤i} a_s) = Σ_j W[i, j] − Σ_j W[j, i] + e_i ∂y_i · S_{z−1} q_i − d_i v_i · G k_i,  W = L ∘ q kᵀ ∘ ∂y vᵀ
 
-    The last line holds since a decay up to i multiplies all that y_i reads, and divides all that v_i feeds.
+    and at the chunk's last step Σ_j d_j v_j · G k_j + (decay of the chunk) S_{z−1} · G more. The sums of W are
+    y_i · ∂y_i and v_i · ∂v_i in part, but as differences of those they would lose most of their digits.
     """
     (t, _, m, p), (g, r, _) = v.shape[1:], q.shape[2:]
+    kept = log_decay >= FORGOTTEN
     q, k, v, since = _in_chunks(q, k, v, log_decay, size)
-    y, dy = (rearrange(chunks(w, size), "b z c (g i) r p -> b z g (c r) i p", g=g) for w in (y, dy))
+    dy = rearrange(chunks(dy, size), "b z c (g i) r p -> b z g (c r) i p", g=g)
     until = repeat((since[..., -1:] - since).exp(), "b z g i c -> b z g (c m) i 1", m=m)
     v_until = (v * until).flatten(-2)
     dy_since = (dy * repeat(since.exp(), "b z g i c -> b z g (c r) i 1", r=r)).flatten(-2)
@@ -188,18 +214,26 @@ def _piece_backward(q, k, v, log_decay, y, dy, start, dend, size):
     L = (since.unsqueeze(-1) - since.unsqueeze(-2)).exp_().tril_()
     L = L if r == m == 1 else repeat(L, "b z g i c s -> b z g i (c r) (s m)", r=r, m=m)
     dy_heads = dy.transpose(3, 4).contiguous()
-    dv = ((L * (q @ k.mT).unsqueeze(3)).mT @ dy_heads).transpose(3, 4)
-    dv = torch.addcmul(dv, (k @ dafter).unflatten(-1, (-1, p)), until)
-    dscores = (dy_heads @ v.transpose(3, 4).mT).mul_(L).sum(3)
+    scores, fed = (q @ k.mT).unsqueeze(3), k @ dafter
+    dv = ((L * scores).mT @ dy_heads).transpose(3, 4)
+    dv = torch.addcmul(dv, fed.unflatten(-1, (-1, p)), until)
+    W = (dy_heads @ v.transpose(3, 4).mT).mul_(L)
+    dscores = W.sum(3)
     dq = dscores @ k + dy_since @ before.mT
     dk = dscores.mT @ q + v_until @ dafter.mT
-    dsince = (y * dy).sum(-1).unflatten(3, (-1, r)).sum(4) - (v * dv).sum(-1).unflatten(3, (-1, m)).sum(4)
-    dsince[:, :, :, -1] += (after * dafter).sum(3).unflatten(-1, (-1, p)).sum(-1)
+
+    W.mul_(scores)
+    rows, columns = W.sum(-1).transpose(3, 4), W.sum(-2).transpose(3, 4)
+    rows += (dy_since * (q @ before)).unflatten(-1, (-1, p)).sum(-1)
+    fed = (v_until * fed).unflatten(-1, (-1, p)).sum(-1)
+    dsince = rows.unflatten(3, (-1, r)).sum(4) - (columns + fed).unflatten(3, (-1, m)).sum(4)
+    passed = torch.stack(across, 1) * before * dafter
+    dsince[:, :, :, -1] += fed.sum(3) + passed.sum(3).unflatten(-1, (-1, p)).sum(-1)
     return (
         rearrange(dq, "b z g (c r) n -> b (z c) g r n", r=r)[:, :t],
         rearrange(dk, "b z g (c m) n -> b (z c) g m n", m=m)[:, :t],
         rearrange(dv, "b z g (c m) i p -> b (z c) (g i) m p", m=m)[:, :t],
-        rearrange(dsince.flip(3).cumsum(3).flip(3), "b z g c i -> b (z c) (g i)")[:, :t],
+        rearrange(dsince.flip(3).cumsum(3).flip(3), "b z g c i -> b (z c) (g i)")[:, :t] * kept,
         dstate,
     )
 
@@ -224,17 +258,8 @@ def _fits(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, return_s
     }  # fmt: skip
     require_shapes(letters, x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
     require_time(x)
-    require_groups(x, B)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, and must be at least 1")
-
-
-def require_groups(x: Float[Tensor, "b t h *p"], B: Float[Tensor, "b t g *n"]) -> None:
-    if x.shape[2] % B.shape[2]:
-        raise ValueError(
-            f"B has {B.shape[2]} groups and x has {x.shape[2]} heads: "
-            f"the number of heads must be a multiple of the number of groups"
-        )
+    require_groups(x.shape[2], B.shape[2])
+    require_at_least_1(ValueError, chunk_size=chunk_size)
 
 
 def per_head(h: int, *groups: Float[Tensor, "b t g *n"]) -> list[Float[Tensor, "b t h *n"]]:

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from llmlib.context import Context
-from llmlib.errors import require
-from llmlib.norm import at_least_float32, init_linears_, rms_norm, undecayed
+from llmlib.errors import require, require_at_least_1, require_range, require_state
+from llmlib.norm import at_least_float32, init_linears_, rms_norm
 from llmlib.ssm.decode import causal_conv, state_update
 from llmlib.ssm.duality import ssd
 from llmlib.ssm.scan import selective_scan
@@ -22,13 +22,16 @@ class StateSpaceMixer(nn.Module):
     """What mixers with a state of constant size share: state dict, padding, and documents that don't see each other.
 
     A subclass defines `mix(x, state, valid)`: with a dict it starts from what the dict holds, and leaves there what
-    the next piece of the same text starts from. Every entry has the batch as its first axis.
+    the next piece of the same text starts from, under `state_names`. Every entry has the batch as its first axis.
     """
+
+    state_names: tuple[str, ...] = ("conv", "ssm")
 
     def forward(
         self, x: Float[Tensor, "b t d"], state: dict | None = None, context: Context | None = None
     ) -> Float[Tensor, "b t d"]:
         t = x.shape[1]
+        require_state(state, self.state_names, type(self).__name__)
         valid = None if context is None or context.valid is None else context.valid[:, -t:]
         begins = None if context is None or context.documents is None else _document_begins(context.documents, t)
         if begins is None or not begins.any():
@@ -73,10 +76,8 @@ class ShortConv(nn.Conv1d):
     """`causal_conv` with its weights, shaped and initialised as PyTorch's Conv1d, and its history kept in a state."""
 
     def __init__(self, dim: int, width: int, bias: bool = True):
-        require(width >= 1, f"d_conv is {width}, and must be at least 1")
+        require_at_least_1(d_conv=width)
         super().__init__(dim, dim, width, groups=dim, bias=bias)
-        if bias:
-            self.bias.no_weight_decay = True
 
     def forward(self, x: Float[Tensor, "b t d"], state: dict | None) -> Float[Tensor, "b t d"]:
         back = self.kernel_size[0] - 1
@@ -98,7 +99,7 @@ class GatedRMSNorm(nn.Module):
         super().__init__()
         require(dim % groups == 0, f"a norm over {dim} channels can't have {groups} groups: {groups} must divide {dim}")
         self.groups, self.eps, self.before_gate = groups, eps, before_gate
-        self.weight = undecayed(torch.ones(dim))
+        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "*b d"], z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         wide = x.to(at_least_float32(x.dtype))
@@ -119,20 +120,21 @@ def require_heads(
     d_model: int, expand: float | None, num_heads: int | None, head_dim: int, n_groups: int, chunk_size: int
 ) -> int:
     """The number of heads, once the sizes of a layer with heads are known to fit together."""
+    require_at_least_1(head_dim=head_dim, n_groups=n_groups, chunk_size=chunk_size)
     if num_heads is None:
         require(expand is not None, "num_heads and expand are both None: give one, or both")
-        num_heads = int(d_model * expand) // head_dim
+        num_heads = max(1, round(d_model * expand) // head_dim)
+    require_at_least_1(num_heads=num_heads)
     require(
-        expand is None or d_model * expand == num_heads * head_dim,
+        expand is None or math.isclose(d_model * expand, num_heads * head_dim),
         f"d_model · expand must equal num_heads · head_dim, but {d_model} · {expand} = {d_model * (expand or 0):g} "
         f"and {num_heads} · {head_dim} = {num_heads * head_dim}; change one of them, or pass expand=None for an inner "
         f"width of num_heads · head_dim",
     )
     require(
-        n_groups >= 1 and num_heads % n_groups == 0,
+        num_heads % n_groups == 0,
         f"num_heads must be a multiple of n_groups, and {num_heads} is not a multiple of {n_groups}",
     )
-    require(chunk_size >= 1, f"chunk_size is {chunk_size}, and must be at least 1")
     return num_heads
 
 
@@ -149,6 +151,8 @@ class Mamba(StateSpaceMixer):
     Its state: "conv", the last d_conv − 1 inputs of the convolution, and "ssm", (b, d_model · expand, d_state).
     """
 
+    undecayed = ("A_log",)
+
     def __init__(
         self,
         d_model: int,
@@ -163,15 +167,20 @@ class Mamba(StateSpaceMixer):
         dt_range: tuple[float, float] = (1e-3, 1e-1),
     ):
         super().__init__()
-        width = int(d_model * expand)
-        require(width == d_model * expand, f"d_model · expand must be whole, but {d_model} · {expand} is not")
+        width = round(d_model * expand)
+        require(
+            width >= 1 and math.isclose(width, d_model * expand),
+            f"d_model · expand must be whole and at least 1, but {d_model} · {expand} is not",
+        )
         self.d_state, self.dt_rank = d_state, math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        require_at_least_1(d_state=d_state, dt_rank=self.dt_rank)
+        require_range("dt_range", dt_range)
         self.in_proj = nn.Linear(d_model, 2 * width, bias=bias)
         self.conv1d = ShortConv(width, d_conv, conv_bias)
         self.x_proj = nn.Linear(width, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, width)
-        self.A_log = undecayed(torch.empty(width, d_state))
-        self.D = undecayed(torch.ones(width))
+        self.A_log = nn.Parameter(torch.empty(width, d_state))
+        self.D = nn.Parameter(torch.ones(width))
         self.out_proj = nn.Linear(width, d_model, bias=bias)
         self.dt_norm, self.B_norm, self.C_norm = (
             inner_norm and inner_norm(size) for size in (self.dt_rank, d_state, d_state)
@@ -248,13 +257,17 @@ class Mamba2(StateSpaceMixer):
     ):
         super().__init__()
         num_heads = require_heads(d_model, expand, num_heads, head_dim, n_groups, chunk_size)
+        require_at_least_1(d_state=d_state)
+        require_range("dt_range", dt_range)
+        require_range("A_range", A_range, above_0=False)
+        require_range("dt_limit", dt_limit, above_0=False)
         width = num_heads * head_dim
         self.num_heads, self.head_dim, self.d_state, self.n_groups = num_heads, head_dim, d_state, n_groups
         self.chunk_size, self.dt_limit, self.dt_range, self.A_range = chunk_size, dt_limit, dt_range, A_range
         self.widths = [width, width + 2 * n_groups * d_state, num_heads]
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=bias)
         self.conv1d = ShortConv(self.widths[1], d_conv, conv_bias)
-        self.dt_bias, self.A_log, self.D = (undecayed(torch.ones(num_heads)) for _ in range(3))
+        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.ones(num_heads)) for _ in range(3))
         self.norm = GatedRMSNorm(width, n_groups, eps=norm_eps, before_gate=norm_before_gate) if gated_norm else None
         self.out_proj = nn.Linear(width, d_model, bias=bias)
         self.reset_parameters()

@@ -12,12 +12,18 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmlib.errors import require
-from llmlib.norm import at_least_float32, init_linears_, undecayed
-from llmlib.ops import op
-from llmlib.ssm.duality import chunked_recurrence, chunks, segments
-from llmlib.ssm.layers import GatedRMSNorm, ShortConv, StateSpaceMixer, held, initial_dt_bias, where_valid
-from llmlib.ssm.scan import needs_triton, require_shapes, require_time, widen
+from llmlib.errors import require, require_at_least_1, require_range
+from llmlib.norm import at_least_float32, init_linears_
+from llmlib.ssm.duality import FORGOTTEN, chunked_recurrence, chunks, segments
+from llmlib.ssm.layers import (
+    GatedRMSNorm,
+    ShortConv,
+    StateSpaceMixer,
+    held,
+    initial_dt_bias,
+    where_valid,
+)
+from llmlib.ssm.scan import Recurrence, needs_triton, require_shapes, require_time, widen
 
 
 def matrix_recurrence(
@@ -120,6 +126,7 @@ def linear_attention(
     letters = {"q": "b t h d", "k": "b t h d", "v": "b t h e", "log_decay": "b t h", "initial_state": "b h e d"}
     require_shapes(letters, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     require_time(q)
+    require_at_least_1(ValueError, chunk_size=chunk_size)
     w, *qkv, log_decay = (*widen(v), *(u.unsqueeze(3) for u in widen(q, k, v)), log_decay)
     log_decay = w.new_zeros(w.shape[:3]) if log_decay is None else log_decay.to(w.dtype)
     y, state = chunked_recurrence(*qkv, log_decay, chunk_size=chunk_size, state=initial_state)
@@ -134,7 +141,7 @@ def linear_attention_quadratic(q, k, v, log_decay=None):
     return torch.einsum("bhts,bshe->bthe", segments(since.mT).exp() * scores, v)
 
 
-@op
+@Recurrence
 def gated_delta_rule(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b t h d"],
@@ -154,13 +161,14 @@ def gated_delta_rule(
     solve a triangular system, U = T⁻¹ (β v − β γ k S₀ᵀ), T = I + tril(β_i (γ_i / γ_j) k_i·k_j, −1), with
     γ_i = exp(Σ_{s≤i} log_decay_s).
     Keys should have length 1, and beta lies in (0, 1), or (0, 2) for eigenvalues down to −1 (arXiv 2411.12537).
-    log_decay ≤ 0; zeros give DeltaNet. States are float32 or better; y has the dtype of v.
+    log_decay ≤ 0; zeros give DeltaNet, and what lies below −100 counts as −100. States are float32 or better; y has
+    the dtype of v.
     """
     y_dtype, t = v.dtype, v.shape[1]
     q, k, v, beta, log_decay, S = widen(q, k, v, beta, log_decay, initial_state)
     size = min(chunk_size, t)
     q, k, v = (rearrange(chunks(w, size), "b z c h d -> b z h c d") for w in (q, k, v))
-    beta, since = (rearrange(chunks(w, size), "b z c h -> b z h c") for w in (beta, log_decay))
+    beta, since = (rearrange(chunks(w, size), "b z c h -> b z h c") for w in (beta, log_decay.clamp(min=FORGOTTEN)))
     since = since.cumsum(-1)
     L, gamma, until = segments(since).exp(), since.exp().unsqueeze(-1), (since[..., -1:] - since).exp().unsqueeze(-1)
     T = (beta.unsqueeze(-1) * L * (k @ k.mT)).tril(-1)
@@ -189,8 +197,7 @@ def _fits(q, k, v, beta, log_decay, *, chunk_size=64, initial_state=None, return
     }  # fmt: skip
     require_shapes(letters, q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state)
     require_time(q)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, and must be at least 1")
+    require_at_least_1(ValueError, chunk_size=chunk_size)
 
 
 def gated_delta_recurrent(q, k, v, beta, log_decay):
@@ -225,8 +232,11 @@ class LinearAttention(StateSpaceMixer):
     Its state: "ssm", (b, num_heads, head_dim + 1, head_dim): z is one more row of S, for a value that is always 1.
     """
 
+    state_names = ("ssm",)
+
     def __init__(self, d_model: int, *, num_heads: int, decay: bool = False, chunk_size: int = 64):
         super().__init__()
+        require_at_least_1(num_heads=num_heads, chunk_size=chunk_size)
         require(
             d_model % num_heads == 0,
             f"d_model must be a multiple of num_heads, and {d_model} is not a multiple of {num_heads}",
@@ -254,6 +264,11 @@ class LinearAttention(StateSpaceMixer):
             state["ssm"] = S
         y = y[..., :-1] / y[..., -1:].clamp(min=1e-6)
         return self.o_proj(y.flatten(2))
+
+
+def _unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """x / √(Σ x² + ε): the ε inside the root keeps the gradient of small keys bounded."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 class GatedDeltaNet(StateSpaceMixer):
@@ -285,7 +300,14 @@ class GatedDeltaNet(StateSpaceMixer):
     ):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.num_v_heads, self.v_head_dim = num_v_heads or num_heads, v_head_dim or head_dim
+        self.num_v_heads = num_heads if num_v_heads is None else num_v_heads
+        self.v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        require_at_least_1(
+            num_heads=num_heads, head_dim=head_dim, num_v_heads=self.num_v_heads, v_head_dim=self.v_head_dim,
+            chunk_size=chunk_size,
+        )  # fmt: skip
+        require_range("dt_range", dt_range)
+        require_range("A_range", A_range, above_0=False)
         require(
             self.num_v_heads % num_heads == 0,
             f"num_v_heads must be a multiple of num_heads, and {self.num_v_heads} is not a multiple of {num_heads}",
@@ -295,7 +317,7 @@ class GatedDeltaNet(StateSpaceMixer):
         self.widths = [2 * keys + values, values, self.num_v_heads, self.num_v_heads]
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
         self.conv1d = ShortConv(self.widths[0], d_conv, bias=False)
-        self.dt_bias, self.A_log = (undecayed(torch.empty(self.num_v_heads)) for _ in range(2))
+        self.dt_bias, self.A_log = (nn.Parameter(torch.empty(self.num_v_heads)) for _ in range(2))
         self.norm = GatedRMSNorm(self.v_head_dim, eps=norm_eps, before_gate=True)
         self.out_proj = nn.Linear(values, d_model, bias=False)
         self.reset_parameters()
@@ -312,9 +334,7 @@ class GatedDeltaNet(StateSpaceMixer):
         x = self.conv1d(where_valid(x, valid), state)
         keys = self.num_heads * self.head_dim
         q, k, v = x.split([keys, keys, self.widths[1]], -1)
-        q, k = (
-            F.normalize(w.unflatten(-1, (self.num_heads, -1)).to(at_least_float32(w.dtype)), dim=-1) for w in (q, k)
-        )
+        q, k = (_unit(w.unflatten(-1, (self.num_heads, -1)).to(at_least_float32(w.dtype))) for w in (q, k))
         repeats = self.num_v_heads // self.num_heads
         q, k = (w.to(v.dtype).repeat_interleave(repeats, 2) for w in (q * self.head_dim**-0.5, k))
         v, z = (w.unflatten(-1, (self.num_v_heads, -1)) for w in (v, z))

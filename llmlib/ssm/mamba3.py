@@ -8,11 +8,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmlib.errors import require
-from llmlib.norm import RMSNorm, at_least_float32, init_linears_, undecayed
-from llmlib.ops import op
+from llmlib.errors import require, require_at_least_1, require_range
+from llmlib.norm import RMSNorm, at_least_float32, init_linears_
 from llmlib.position import rope
-from llmlib.ssm.duality import chunked_recurrence, per_head, require_groups, segments
+from llmlib.ssm.duality import chunked_recurrence, per_head, segments
 from llmlib.ssm.layers import (
     GatedRMSNorm,
     ShortConv,
@@ -22,12 +21,12 @@ from llmlib.ssm.layers import (
     require_heads,
     where_valid,
 )
-from llmlib.ssm.scan import needs_triton, require_shapes, require_time, widen
+from llmlib.ssm.scan import Recurrence, needs_triton, require_groups, require_shapes, require_time, widen
 
 State = tuple[Float[Tensor, "b h a"], Float[Tensor, "b h p n"], Float[Tensor, "b h r n"], Float[Tensor, "b h r p"]]
 
 
-@op
+@Recurrence
 def mamba3_scan(
     x: Float[Tensor, "b t h r p"],
     dt: Float[Tensor, "b t h"],
@@ -66,7 +65,8 @@ def mamba3_scan(
     inputs = torch.cat([u * new[..., None, None], last_x * old[..., None, None]], 3)
     y, S = chunked_recurrence(C, torch.cat([B, last_B], 3), inputs, dt * A, chunk_size=chunk_size, state=before[1])
     y = (y if D is None else y + D[:, None, None] * u).to(x.dtype)
-    return (y, (angle, S, B[:, -1], u[:, -1])) if return_state else y
+    # copies: a view would keep the whole text alive
+    return (y, (angle, S, B[:, -1].clone(), u[:, -1].clone())) if return_state else y
 
 
 def _no_state(x, B, angles) -> list[Tensor]:
@@ -94,19 +94,30 @@ def _fits(
         "B_bias": "h r n", "C_bias": "h r n", "angles": "b t a", "D": "h", "initial angle": "b h a",
         "initial state": "b h p n", "last B": "b h r n", "last x": "b h r p",
     }  # fmt: skip
-    carried = dict(zip(("initial angle", "initial state", "last B", "last x"), initial_state or (), strict=False))
+    parts = ("initial angle", "initial state", "last B", "last x")
+    require(
+        initial_state is None or (isinstance(initial_state, tuple | list) and len(initial_state) == len(parts)),
+        f"initial_state must be the {len(parts)} tensors ({', '.join(parts)}), and it is {_shapes(initial_state)}",
+        ValueError,
+    )
+    carried = {} if initial_state is None else dict(zip(parts, initial_state, strict=True))
     require_shapes(
         letters, x=x, dt=dt, A=A, trap=trap, B=B, C=C, B_bias=B_bias, C_bias=C_bias, angles=angles, D=D, **carried
     )
     require_time(x)
-    require_groups(x, B)
+    require_groups(x.shape[2], B.shape[2])
     a, n = angles.shape[-1], B.shape[-1]
     if n % 2 or 2 * a > n:
         raise ValueError(
             f"angles turn {a} pairs, and B has {n} numbers: it must have an even number, and at least {2 * a}"
         )
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, and must be at least 1")
+    require_at_least_1(ValueError, chunk_size=chunk_size)
+
+
+def _shapes(state) -> str:
+    if isinstance(state, Tensor):
+        return f"one tensor of shape {tuple(state.shape)}"
+    return f"{len(state)}, of shapes {[tuple(w.shape) for w in state]}" if state else repr(state)
 
 
 def mamba3_recurrent(x, dt, A, trap, B, C, B_bias, C_bias, angles, D=None):
@@ -140,7 +151,7 @@ def mamba3_quadratic(x, dt, A, trap, B, C, B_bias, C_bias, angles, D=None):
     From the step after its own on, input s counts λ_s dt_s + (1 − λ_{s+1}) dt_{s+1}; in its own step only λ_s dt_s.
     """
     B, C = (w + bias for w, bias in zip(per_head(x.shape[2], B, C), (B_bias, C_bias), strict=True))
-    B, C, _ = _turn(B, C, angles, dt, torch.zeros(len(x), x.shape[2], angles.shape[-1], dtype=x.dtype))
+    B, C, _ = _turn(B, C, angles, dt, x.new_zeros(len(x), x.shape[2], angles.shape[-1]))
     share = torch.sigmoid(trap)
     own, later = share * dt, F.pad(((1 - share) * dt)[:, 1:], (0, 0, 0, 1))
     weight = (own + later).mT.unsqueeze(2) - torch.diag_embed(later.mT)
@@ -199,6 +210,8 @@ class Mamba3(StateSpaceMixer):
     Its state: "angle", "ssm" (b, num_heads, head_dim, d_state), the last "B" and "x", and with use_conv "conv".
     """
 
+    undecayed = ("B_bias", "C_bias")
+
     def __init__(
         self,
         d_model: int,
@@ -221,11 +234,18 @@ class Mamba3(StateSpaceMixer):
     ):
         super().__init__()
         num_heads = require_heads(d_model, expand, num_heads, head_dim, n_groups, chunk_size)
+        require_at_least_1(d_state=d_state)
+        require_range("dt_range", dt_range)
         require(d_state % 2 == 0, f"d_state is {d_state}, and must be even: its numbers turn in pairs")
         require(0 < rope_fraction <= 1, f"rope_fraction is {rope_fraction}, and must be above 0 and at most 1")
         require(mimo_rank >= 0, f"mimo_rank is {mimo_rank}, and must be 0 (SISO) or more")
         width, rank = num_heads * head_dim, max(1, mimo_rank)
         num_angles = int(d_state * rope_fraction) // 2 if complex_rope else 0
+        require(
+            num_angles > 0 or not complex_rope,
+            f"rope_fraction {rope_fraction} of d_state {d_state} is less than a pair, so no number turns: "
+            f"raise one of them, or pass complex_rope=False",
+        )
         shared = d_state * n_groups * rank
         self.num_heads, self.head_dim, self.d_state, self.n_groups, self.rank = (
             num_heads,
@@ -238,9 +258,10 @@ class Mamba3(StateSpaceMixer):
         self.widths = [width, width + 2 * shared, num_heads, num_heads, num_heads, num_angles]
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
         self.conv1d = ShortConv(self.widths[1], d_conv) if use_conv else None
-        self.dt_bias, self.D = undecayed(torch.empty(num_heads)), undecayed(torch.empty(num_heads))
+        self.state_names = ("angle", "ssm", "B", "x", *(("conv",) if use_conv else ()))
+        self.dt_bias, self.D = nn.Parameter(torch.empty(num_heads)), nn.Parameter(torch.empty(num_heads))
         self.B_norm, self.C_norm = RMSNorm(d_state, eps=norm_eps), RMSNorm(d_state, eps=norm_eps)
-        self.B_bias, self.C_bias = (undecayed(torch.empty(num_heads, rank, d_state)) for _ in range(2))
+        self.B_bias, self.C_bias = (nn.Parameter(torch.empty(num_heads, rank, d_state)) for _ in range(2))
         if mimo_rank:
             self.mimo_x, self.mimo_z, self.mimo_o = (
                 nn.Parameter(torch.empty(num_heads, rank, head_dim)) for _ in range(3)

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float, Inexact
 from torch import Tensor, nn
 
-from llmlib.errors import require
-from llmlib.norm import at_least_float32, init_linears_, undecayed
+from llmlib.errors import require, require_at_least_1, require_range
+from llmlib.norm import at_least_float32, init_linears_
 from llmlib.ssm.layers import StateSpaceMixer, held, where_valid
+from llmlib.ssm.scan import without_autocast
 
 Diagonal = Inexact[Tensor, "d n"]
 METHODS = ("zoh", "bilinear")
@@ -68,6 +69,9 @@ def s4d_kernel(A_bar: Diagonal, B_bar: Diagonal, C: Diagonal, length: int) -> Fl
 
 def _powers(A_bar: Diagonal, length: int) -> Complex[Tensor, "d n t"]:
     exponents = torch.arange(length, device=A_bar.device)
+    # 0⁰ by logarithms is no number; the square of this floor still is one, as the gradient of log needs
+    floor = torch.finfo(A_bar.real.dtype).tiny ** 0.5
+    A_bar = torch.where(A_bar.abs() < floor, floor, A_bar)
     return torch.exp(torch.log(A_bar.to(A_bar.dtype.to_complex()))[..., None] * exponents)
 
 
@@ -86,7 +90,9 @@ def s4d_recurrent(
     initial_state: Complex[Tensor, "b d n"] | None = None,
 ) -> tuple[Float[Tensor, "b t d"], Complex[Tensor, "b d n"]]:
     """h_t = Ā h_{t−1} + B̄ x_t, y_t = Re C·h_t, step by step; also the last state."""
-    h = torch.zeros(len(x), *A_bar.shape, dtype=A_bar.dtype.to_complex()) if initial_state is None else initial_state
+    h = initial_state
+    if h is None:
+        h = A_bar.new_zeros(len(x), *A_bar.shape, dtype=A_bar.dtype.to_complex())
     ys = []
     for x_t in x.unbind(1):
         h = A_bar * h + B_bar * x_t.unsqueeze(-1)
@@ -105,6 +111,9 @@ class S4D(StateSpaceMixer):
     Its state: "ssm", (b, d_model, d_state) complex.
     """
 
+    state_names = ("ssm",)
+    undecayed = ("log_A_real", "A_imag")
+
     def __init__(
         self,
         d_model: int,
@@ -117,11 +126,13 @@ class S4D(StateSpaceMixer):
         super().__init__()
         require(initial in INITIAL, f"initial is {initial!r}; choose one of {', '.join(INITIAL)}")
         require(method in METHODS, f"method is {method!r}; choose one of {', '.join(METHODS)}")
+        require_at_least_1(d_state=d_state)
+        require_range("dt_range", dt_range)
         self.d_state, self.method, self.initial, self.dt_range = d_state, method, initial, dt_range
-        self.log_dt = undecayed(torch.empty(d_model))
-        self.log_A_real, self.A_imag = (undecayed(torch.empty(d_model, d_state)) for _ in range(2))
+        self.log_dt = nn.Parameter(torch.empty(d_model))
+        self.log_A_real, self.A_imag = (nn.Parameter(torch.empty(d_model, d_state)) for _ in range(2))
         self.C = nn.Parameter(torch.empty(d_model, d_state, 2))
-        self.D = undecayed(torch.empty(d_model))
+        self.D = nn.Parameter(torch.empty(d_model))
         self.out_proj = nn.Linear(d_model, 2 * d_model)
         self.reset_parameters()
 
@@ -144,6 +155,11 @@ class S4D(StateSpaceMixer):
         return A_bar, B_bar, 2 * torch.view_as_complex(self.C.to(wide).contiguous())
 
     def mix(self, x: Tensor, state: dict | None, valid: Tensor | None) -> Tensor:
+        with without_autocast(x):
+            y = self._filter(x, state, valid)
+        return F.glu(self.out_proj(y), -1)
+
+    def _filter(self, x: Tensor, state: dict | None, valid: Tensor | None) -> Tensor:
         A_bar, B_bar, C = self.discrete()
         u = where_valid(x, valid).to(A_bar.real.dtype)
         h = held(state, "ssm", len(x), *A_bar.shape)
@@ -153,8 +169,7 @@ class S4D(StateSpaceMixer):
             y = s4d_convolve(u, s4d_kernel(A_bar, B_bar, C, x.shape[1]))
             if state is not None:
                 y = y + self._carry(u, A_bar, B_bar, C, h, state)
-        y = F.gelu(y + self.D * u).to(x.dtype)
-        return F.glu(self.out_proj(y), -1)
+        return F.gelu(y + self.D * u).to(x.dtype)
 
     @staticmethod
     def _carry(u, A_bar, B_bar, C, h, state):

@@ -4,18 +4,38 @@ Its three forms compute one function: `selective_scan` steps through time, `sele
 a tree, `selective_scan_matrix` writes the whole map from x to y as one matrix.
 """
 
+import contextlib
 import functools
 
 import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
+from llmlib.errors import require
 from llmlib.norm import at_least_float32
-from llmlib.ops import available, op
+from llmlib.ops import Op, available, differentiate_again
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """A block that computes in the types of its tensors: autocast would do its products in 16 bits."""
+    device = x.device.type
+    on = not x.is_meta and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
+
+
+class Recurrence(Op):
+    """An op that runs over time: its states and sums stay float32 under autocast too."""
+
+    def run(self, *args, **kwargs):
+        with without_autocast(next(iter((*args, *kwargs.values())))):
+            return super().run(*args, **kwargs)
 
 
 def require_shapes(letters: dict[str, str], **tensors: Tensor | None) -> None:
-    """Check each tensor's shape against its letters, such as x="b t d"; a letter has one size wherever it occurs."""
+    """Check each tensor's shape against its letters, such as x="b t d"; a letter has one size wherever it occurs.
+
+    An axis may have size 1 instead where its letter has a #.
+    """
     sizes: dict[str, tuple[int, str]] = {}
     for name, tensor in tensors.items():
         if tensor is None:
@@ -24,12 +44,24 @@ def require_shapes(letters: dict[str, str], **tensors: Tensor | None) -> None:
         if len(shape) != len(axes):
             raise ValueError(f"{name} has shape {tuple(shape)}, and must be ({', '.join(axes)})")
         for axis, size in zip(axes, shape, strict=True):
+            if axis.startswith("#") and size == 1:
+                continue
+            axis = axis.removeprefix("#")
             seen, owner = sizes.setdefault(axis, (size, name))
             if seen != size:
                 raise ValueError(
                     f"{name} has shape {tuple(shape)} as ({', '.join(axes)}), so {axis} = {size}, "
                     f"but {owner} has {axis} = {seen}"
                 )
+
+
+def require_groups(heads: int, groups: int) -> None:
+    require(
+        groups > 0 and heads % groups == 0,
+        f"B has {groups} groups and x has {heads} heads: "
+        f"the number of heads must be a multiple of the number of groups",
+        ValueError,
+    )
 
 
 def require_time(x: Tensor) -> None:
@@ -53,7 +85,7 @@ def needs_triton(x: Tensor, package: str) -> str | None:
     return None if x.is_cuda else f"x is on the {x.device.type}, and this kernel runs on CUDA only"
 
 
-@op
+@Recurrence
 def selective_scan(
     x: Float[Tensor, "b t d"],
     dt: Float[Tensor, "b t d"],
@@ -186,10 +218,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h):
-        ctx.dtypes = tuple(v.dtype for v in (x, dt, A, B, C, h))
-        wide = functools.reduce(torch.promote_types, ctx.dtypes)
-        x, dt, B, C = (v.transpose(0, 1).to(wide).contiguous() for v in (x, dt, B, C))
-        A, h = A.t().to(wide).contiguous(), h.transpose(1, 2).to(wide).contiguous()
+        inputs = x, dt, A, B, C, h
+        x, dt, A, B, C, h = _time_first(*inputs)
         ctx.pieces = list(_pieces(x, A))
         ys, starts = [], []
         for s in ctx.pieces:
@@ -197,36 +227,54 @@ class _Scan(torch.autograd.Function):
             states = _states(x[s], dt[s], A, B[s], h)[1]
             ys.append(_over_state(C[s], states))
             h = states[-1].clone()
-        ctx.save_for_backward(x, dt, A, B, C, *starts)
+        ctx.save_for_backward(*inputs, *starts)
         return torch.cat(ys).transpose(0, 1), h.transpose(1, 2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dh):
-        x, dt, A, B, C, *starts = ctx.saved_tensors
-        dy = dy.transpose(0, 1).contiguous()
-        g_next = dh.transpose(1, 2).contiguous()
-        dx, ddt, dB, dC = (torch.empty_like(v) for v in (x, dt, B, C))
-        dA = torch.zeros_like(A)
-        for s, h in zip(reversed(ctx.pieces), reversed(starts), strict=True):
-            a, states = _states(x[s], dt[s], A, B[s], h)
-            dC[s] = _over_width(dy[s], states)
-            g = C[s].unsqueeze(3) * dy[s].unsqueeze(2)
-            steps, decays = g.unbind(0), a.unbind(0)
-            steps[-1].add_(g_next)
-            for i in range(len(steps) - 2, -1, -1):
-                steps[i].addcmul_(decays[i + 1], steps[i + 1])
-            g_next = a[0] * g[0]
-            dB[s] = _over_width(dt[s] * x[s], g)
-            du = _over_state(B[s], g)
-            q = g.mul_(a)
-            q[1:].mul_(states[:-1])
-            q[0].mul_(h)
-            torch.mul(du, dt[s], out=dx[s])
-            torch.addcmul(torch.mul(q, A, out=a).sum(2), du, x[s], out=ddt[s])
-            dA += q.mul_(dt[s].unsqueeze(2)).sum((0, 1))
-        grads = (dx.transpose(0, 1), ddt.transpose(0, 1), dA.t(), dB.transpose(0, 1), dC.transpose(0, 1))
-        return *(g.to(d) for g, d in zip(grads, ctx.dtypes, strict=False)), g_next.transpose(1, 2).to(ctx.dtypes[-1])
+        inputs, starts = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        with without_autocast(dy):
+            if torch.is_grad_enabled():
+                return tuple(differentiate_again(_readable, inputs, (dy, dh)))
+            return _scan_backward(ctx.pieces, inputs, starts, dy, dh)
+
+
+def _readable(x, dt, A, B, C, h):
+    return selective_scan.reference(x, dt, A, B, C, initial_state=h, return_state=True)
+
+
+def _time_first(x, dt, A, B, C, h):
+    wide = functools.reduce(torch.promote_types, (v.dtype for v in (x, dt, A, B, C, h)))
+    x, dt, B, C = (v.transpose(0, 1).to(wide).contiguous() for v in (x, dt, B, C))
+    return x, dt, A.t().to(wide).contiguous(), B, C, h.transpose(1, 2).to(wide).contiguous()
+
+
+def _scan_backward(pieces, inputs, starts, dy, dh):
+    x, dt, A, B, C, _ = _time_first(*inputs)
+    dy = dy.transpose(0, 1).contiguous()
+    g_next = dh.transpose(1, 2).contiguous()
+    dx, ddt, dB, dC = (torch.empty_like(v) for v in (x, dt, B, C))
+    dA = torch.zeros_like(A)
+    for s, h in zip(reversed(pieces), reversed(starts), strict=True):
+        a, states = _states(x[s], dt[s], A, B[s], h)
+        dC[s] = _over_width(dy[s], states)
+        g = C[s].unsqueeze(3) * dy[s].unsqueeze(2)
+        steps, decays = g.unbind(0), a.unbind(0)
+        steps[-1].add_(g_next)
+        for i in range(len(steps) - 2, -1, -1):
+            steps[i].addcmul_(decays[i + 1], steps[i + 1])
+        g_next = a[0] * g[0]
+        dB[s] = _over_width(dt[s] * x[s], g)
+        du = _over_state(B[s], g)
+        q = g.mul_(a)
+        q[1:].mul_(states[:-1])
+        q[0].mul_(h)
+        torch.mul(du, dt[s], out=dx[s])
+        torch.addcmul(torch.mul(q, A, out=a).sum(2), du, x[s], out=ddt[s])
+        dA += q.mul_(dt[s].unsqueeze(2)).sum((0, 1))
+    dx, ddt, dB, dC = (g.transpose(0, 1) for g in (dx, ddt, dB, dC))
+    grads = dx, ddt, dA.t(), dB, dC, g_next.transpose(1, 2)
+    return tuple(g.to(v.dtype) for g, v in zip(grads, inputs, strict=True))
 
 
 def _over_state(weights: Float[Tensor, "t b n"], states: Float[Tensor, "t b n d"]) -> Float[Tensor, "t b d"]:
