@@ -30,8 +30,8 @@ _ATTRIBUTES = {
 }
 _MODULES = (
     "attention", "benchmark", "compact", "cost", "data", "errors", "ffn", "generate", "hf", "hybrid", "interactive",
-    "model", "moe", "norm", "notebook", "ops", "position", "presets", "residual", "scaling", "ssm", "tokenizer",
-    "train",
+    "model", "moe", "norm", "notebook", "ops", "position", "presets", "residual", "scaling", "ssm", "tasks",
+    "tokenizer", "train",
 )  # fmt: skip
 __all__ = sorted({*_ATTRIBUTES, *_MODULES})
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64, Integer, UInt8
+from jaxtyping import Bool, Int64, Integer, UInt8
 from torch import Tensor
 
 from llmlib.errors import CorpusError, require
@@ -256,6 +256,11 @@ class Batch(NamedTuple):
     inputs: Int64[Tensor, "b t"]
     targets: Int64[Tensor, "b t"]
     documents: Int64[Tensor, "b t"] | None = None
+
+    @property
+    def scored(self) -> Bool[Tensor, "b t"]:
+        """Where there is a target: it isn't IGNORED."""
+        return self.targets != IGNORED
 
 
 def batch(split: Split, batch_size: int, time: int, *, seed: int = 0, step: int = 0, packed: bool = False) -> Batch:

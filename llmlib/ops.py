@@ -167,24 +167,6 @@ def op(reference: Callable) -> Op:
     return Op(reference)
 
 
-def differentiate_again(function, inputs, gradients):
-    """For a backward that is itself differentiated: the gradients of `inputs`, by autograd through `function`.
-
-    function   the readable form; its outputs, one tensor or several, belong to `gradients`
-    Returns a list with a gradient for each of `inputs`, and None where an input needs none.
-    """
-    with torch.enable_grad():
-        outputs = function(*inputs)
-    outputs, gradients = (v if isinstance(v, tuple | list) else (v,) for v in (outputs, gradients))
-    wanted = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x.requires_grad]
-    found: list[torch.Tensor | None] = [None] * len(inputs)
-    asked = [inputs[i] for i in wanted]
-    grads = torch.autograd.grad(outputs, asked, gradients, create_graph=True, allow_unused=True)
-    for i, gradient in zip(wanted, grads, strict=True):
-        found[i] = gradient
-    return found
-
-
 def kernel_names() -> list[str]:
     """Every name that `kernels` accepts: the three modes and the twins of all ops."""
     for module in _OP_MODULES:

@@ -1,11 +1,13 @@
 """Every preset against the reference implementation's count of the same published config, and against its label."""
 
+import json
 import re
 
 import pytest
 import torch
 
 from llmlib import ConfigError, cost, presets
+from llmlib.model import CausalLM, ModelConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own deprecations
 
@@ -44,9 +46,46 @@ def mamba2(d, n):
                       "vocab_size": 50288, "tie_word_embeddings": True}  # fmt: skip
 
 
+def zamba2(d, n, hybrid_at, **more):
+    kinds = ["hybrid" if i in hybrid_at else "mamba" for i in range(n)]
+    return "zamba2", {"hidden_size": d, "num_hidden_layers": n, "layers_block_type": kinds, "vocab_size": 32000,
+                      "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 4 * d,
+                      "attention_head_dim": 2 * d // 32, "n_mamba_heads": 2 * d // 64, "mamba_headdim": 64,
+                      "adapter_rank": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096} | more  # fmt: skip
+
+
+def nemotron_h(d, pattern, h, scan_heads, n, f):
+    return "nemotron_h", {"hidden_size": d, "hybrid_override_pattern": pattern, "num_attention_heads": h,
+                          "mamba_num_heads": scan_heads, "ssm_state_size": n, "intermediate_size": f,
+                          "vocab_size": 131072, "num_key_value_heads": 8, "head_dim": 128, "mamba_head_dim": 64,
+                          "n_groups": 8, "tie_word_embeddings": False, "max_position_embeddings": 8192}  # fmt: skip
+
+
 L3 = {"vocab_size": 128256}
 NEW = {"new_decoder_architecture": True, "num_kv_heads": 8}
 TENTHS = (5, 15, 25, 35)
+N8 = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+N47 = "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"
+N56 = (
+    "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-"
+    "M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+)
+HYBRIDS = {
+    "zamba2-1.2b": zamba2(
+        2048, 38, (5, 11, 17, 23, 29, 35), mamba_d_state=128, num_mem_blocks=1, use_mem_rope=True, rope_theta=10000.0,
+        use_shared_attention_adapter=True),
+    "zamba2-2.7b": zamba2(2560, 54, (6, 12, 18, 24, 30, 36, 42, 47, 51), mamba_d_state=64, num_mem_blocks=2),
+    "bamba-9b": ("bamba", {
+        "attn_layer_indices": [9, 18, 27], "hidden_size": 4096, "intermediate_size": 14336, "mamba_chunk_size": 256,
+        "mamba_conv_bias": True, "mamba_d_conv": 4, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_expand": 2,
+        "mamba_n_groups": 1, "mamba_n_heads": 128, "mamba_proj_bias": False, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "vocab_size": 128256, "max_position_embeddings": 4096}),
+    "nemotron-h-4b": nemotron_h(3072, N8, 32, 112, 128, 12288),
+    "nemotron-h-8b": nemotron_h(4096, N8, 32, 128, 128, 21504),
+    "nemotron-h-47b": nemotron_h(8192, N47, 64, 256, 256, 30720),
+    "nemotron-h-56b": nemotron_h(8192, N56, 64, 256, 256, 32768),
+}  # fmt: skip
 # What the published config.json of each says.
 REFERENCE = {
     "gpt2": gpt2(768, 12, 12), "gpt2-medium": gpt2(1024, 24, 16), "gpt2-large": gpt2(1280, 36, 20),
@@ -85,11 +124,13 @@ REFERENCE = {
                                          "tie_word_embeddings": False}),
     "jamba-v0.1": jamba(4096, 32, 32, 14336), "jamba-1.5-mini": jamba(4096, 32, 32, 14336),
     "jamba-1.5-large": jamba(8192, 72, 64, 24576),
+    **HYBRIDS,
 }  # fmt: skip
 # Labels that their makers round in ways of their own.
 LOOSE = {"falcon-rw-1b": 1.31e9, "llama-33b": 32.5e9, "granite-4.0-h-tiny": 6.94e9, "granite-4.0-h-micro": 3.19e9,
          "granite-4.0-micro": 3.40e9, "falcon-rw-7b": 7.54e9, "llama-3.2-1b": 1.24e9, "falcon-180b": 179e9,
-         "falcon-40b": 41.3e9, "granite-4.0-h-small": 32.2e9, "llama-3.2-3b": 3.21e9}  # fmt: skip
+         "falcon-40b": 41.3e9, "granite-4.0-h-small": 32.2e9, "llama-3.2-3b": 3.21e9,
+         "nemotron-h-4b": 4.49e9}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -114,6 +155,63 @@ def test_count_rounds_to_the_label(name):
         assert total == pytest.approx(float(label[:-1]) * unit, rel=0.05)
 
 
+SAMBA = {"samba-421m": (421e6, 1536, 12, 4096), "samba-1.3b": (1.33e9, 2304, 18, 6144)}
+
+
+@pytest.mark.parametrize("name", SAMBA)
+def test_samba_by_hand(name):
+    """Its code isn't in transformers: the count, term by term."""
+    label, d, layers, f = SAMBA[name]
+    width, rank, states = 2 * d, d // 16, 16
+    mamba = d * 2 * width + (4 + 1) * width + width * (rank + 2 * states) + (rank + 1) * width
+    mamba += width * states + width + width * d  # A, D, out
+    attention, ffn, norm = 4 * d * d, 3 * d * f, d
+    total = 32000 * d + layers // 2 * (mamba + attention + 2 * (ffn + 2 * norm)) + norm
+    assert cost.parameters(presets.get(name)).total == total == pytest.approx(label, rel=0.003)
+
+
+def published_attributes(module):
+    plain = (bool, int, float, str, tuple, type(None))
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, plain)}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrids_are_the_models_that_their_config_files_give(name, tmp_path):
+    """Layer by layer the same modules with the same sizes, scales, limits and norms, however their options are said."""
+    from llmlib.hf import read_config
+
+    kind, options = HYBRIDS[name]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **options}))
+    found, expected = read_config(tmp_path)[0], presets.get(name)
+    assert found.replace(name=None, layers=(), norm=expected.norm) == expected.replace(name=None, layers=())
+    with torch.device("meta"):
+        mine, theirs = CausalLM(expected), CausalLM(found)
+    assert {n: p.shape for n, p in mine.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
+    for (where, a), (_, b) in zip(mine.named_modules(), theirs.named_modules(), strict=True):
+        assert type(a) is type(b), where
+        assert published_attributes(a) == published_attributes(b), where
+
+
+def test_the_books_own_hybrids_are_small_and_not_published():
+    dense, sparse = (presets.hybrids.book_hybrid(sparse=s) for s in (False, True))
+    assert not {dense.name, sparse.name} & set(presets.names())
+    for config in (dense, sparse):
+        assert config.name.startswith("book's own")
+        assert [layer.mixer.cls.__name__ for layer in config.layers] == 2 * [*3 * ["Mamba2"], "MLA"]
+        assert ModelConfig.from_yaml(config.to_yaml()) == config
+    small, (total, active) = (
+        cost.parameters(dense).total,
+        (cost.parameters(sparse, active=a).total for a in (False, True)),
+    )
+    assert active < small < total < 6e6
+
+    torch.manual_seed(0)
+    model, tokens = CausalLM(sparse).eval(), torch.randint(256, (1, 24))
+    state = model.new_state()
+    pieces = torch.cat([model(piece, state) for piece in tokens.split([10, 1, 13], 1)], 1)
+    torch.testing.assert_close(pieces, model(tokens), rtol=1e-3, atol=1e-4)
+
+
 def test_names_families_and_sources():
     assert set(presets.names("gpt2")) == {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"}
     assert len(presets.names()) == len(set(presets.names())) > 50
@@ -129,16 +227,12 @@ def test_an_unknown_preset_names_the_nearest():
 
 
 def test_every_preset_survives_yaml():
-    from llmlib.model import ModelConfig
-
     for name in presets.names():
         assert ModelConfig.from_yaml(presets.get(name).to_yaml()) == presets.get(name)
 
 
 def test_presets_are_the_configs_that_their_checkpoints_give(tmp_path):
     """The same shapes, read from a published config.json, make the same layers."""
-    import json
-
     from llmlib.hf import read_config
 
     published = {

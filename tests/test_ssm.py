@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmlib import ssm
 from llmlib.ops import OPS, kernels
@@ -500,18 +501,59 @@ def test_autocast_leaves_scans_alone(name):
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
-def test_the_work_of_the_parallel_scan_grows_as_t_log_t():
-    a, u = torch.rand(1, 100, 3, dtype=torch.float64), torch.randn(1, 100, 3, dtype=torch.float64)
-    h = torch.zeros(1, 3, dtype=torch.float64)
-    for t in range(100):
-        h = a[:, t] * h + u[:, t]
-    torch.testing.assert_close(ssm.associative_scan(a, u)[:, -1], h)
-    calls = []
-    original = torch.cat
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "cat", lambda *args: calls.append(1) or original(*args))
+associative_scans = pytest.mark.parametrize("scan", [ssm.associative_scan, ssm.associative_scan_work_efficient])
+
+
+@associative_scans
+@given(st.integers(1, 70), st.booleans(), st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_associative_scans_are_the_loop(scan, t, starts, turns):
+    torch.manual_seed(t)
+    dtype = torch.complex128 if turns else torch.float64
+    a, u = (torch.randn(2, t, 3, dtype=dtype, requires_grad=True) for _ in range(2))
+    start = torch.randn(2, 3, dtype=dtype, requires_grad=True) if starts else None
+    h, states = torch.zeros(2, 3, dtype=dtype) if start is None else start, []
+    for i in range(t):
+        h = a[:, i] * h + u[:, i]
+        states.append(h)
+    expected, found = torch.stack(states, 1), scan(a, u, start)
+    torch.testing.assert_close(found, expected)
+    inputs = [a, u, *([start] if starts else [])]
+    grads = [torch.autograd.grad(y.abs().square().sum(), inputs, materialize_grads=True) for y in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@associative_scans
+def test_associative_scans_carry_a_state_from_piece_to_piece(scan):
+    a, u = torch.rand(2, 19, 3, dtype=torch.float64), torch.randn(2, 19, 3, dtype=torch.float64)
+    head = scan(a[:, :8], u[:, :8])
+    torch.testing.assert_close(torch.cat([head, scan(a[:, 8:], u[:, 8:], head[:, -1])], 1), scan(a, u))
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts them, one for each number of each product, and how many products stand one after the other."""
+
+    numbers, products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mul.Tensor:
+            self.numbers, self.products = self.numbers + out.numel(), self.products + 1
+        return out
+
+
+@pytest.mark.parametrize("t", [1, 2, 100, 1024])
+def test_the_work_of_the_two_parallel_scans(t):
+    a, u = torch.rand(1, t, 1), torch.randn(1, t, 1)
+    rounds = math.ceil(math.log2(t))
+    with Multiplications() as simple:
         ssm.associative_scan(a, u)
-    assert len(calls) == 2 * math.ceil(math.log2(100))
+    assert simple.products == 2 * rounds
+    assert simple.numbers == sum(2 * (t - 2**i) for i in range(rounds))  # about 2 t log t
+    with Multiplications() as efficient:
+        ssm.associative_scan_work_efficient(a, u)
+    assert efficient.products == 3 * math.floor(math.log2(t))
+    assert efficient.numbers < 3 * t
 
 
 BAD_SELECTIVE = {

@@ -26,7 +26,13 @@ from llmlib.ssm.s4d import (
     s4d_real,
     s4d_recurrent,
 )
-from llmlib.ssm.scan import associative_scan, selective_scan, selective_scan_matrix, selective_scan_parallel
+from llmlib.ssm.scan import (
+    associative_scan,
+    associative_scan_work_efficient,
+    selective_scan,
+    selective_scan_matrix,
+    selective_scan_parallel,
+)
 
 __all__ = [
     "FAMILY",
@@ -40,6 +46,7 @@ __all__ = [
     "Member",
     "StateSpaceMixer",
     "associative_scan",
+    "associative_scan_work_efficient",
     "causal_conv",
     "discretise",
     "gated_delta_recurrent",

@@ -128,12 +128,17 @@ def _fits(x, dt, A, B, C, D=None, *, initial_state=None, return_state=False):
     require_time(x)
 
 
-def associative_scan(decay: Inexact[Tensor, "b t *s"], drive: Inexact[Tensor, "b t *s"]) -> Inexact[Tensor, "b t *s"]:
+def associative_scan(
+    decay: Inexact[Tensor, "b t *s"],
+    drive: Inexact[Tensor, "b t *s"],
+    initial_state: Inexact[Tensor, "b *s"] | None = None,
+) -> Inexact[Tensor, "b t *s"]:
     """All states of h_t = a_t h_{t−1} + u_t at once, in ⌈log₂ t⌉ rounds (Hillis and Steele, 1986).
 
     Two steps one after the other are one step: (a, u) then (a', u') is (a'a, a'u + u'), and this product is
     associative, so the steps can be combined in any grouping. Each round joins every step with the one `reach`
-    before it, which doubles how far back it sees. Depth log t, work t log t.
+    before it, which doubles how far back it sees. Depth log t, work t log t. Before the first step is 0, or
+    `initial_state`.
     """
     reach = 1
     while reach < decay.shape[1]:
@@ -141,7 +146,30 @@ def associative_scan(decay: Inexact[Tensor, "b t *s"], drive: Inexact[Tensor, "b
         drive = torch.cat([drive[:, :reach], late * drive[:, :-reach] + drive[:, reach:]], 1)
         decay = torch.cat([decay[:, :reach], late * early], 1)
         reach *= 2
-    return drive
+    return drive if initial_state is None else drive + decay * initial_state.unsqueeze(1)
+
+
+def associative_scan_work_efficient(
+    decay: Inexact[Tensor, "b t *s"],
+    drive: Inexact[Tensor, "b t *s"],
+    initial_state: Inexact[Tensor, "b *s"] | None = None,
+) -> Inexact[Tensor, "b t *s"]:
+    """`associative_scan` with work t and depth 2 log t (Blelloch, 1990).
+
+    On the way up, each pair of neighbours becomes one step, so that a scan of half the length gives every second state;
+    on the way down, each of these gives the state after it.
+    """
+    first = drive[:, :1] if initial_state is None else decay[:, :1] * initial_state.unsqueeze(1) + drive[:, :1]
+    if drive.shape[1] == 1:
+        return first
+    late = decay[:, 1::2]
+    early, before = decay[:, :-1:2], drive[:, :-1:2]
+    odd = associative_scan_work_efficient(late * early, late * before + drive[:, 1::2], initial_state)
+    later = decay[:, 2::2]
+    states = odd.new_empty(drive.shape)
+    states[:, 1::2] = odd
+    states[:, ::2] = torch.cat([first, later * odd[:, : later.shape[1]] + drive[:, 2::2]], 1)
+    return states
 
 
 def selective_scan_parallel(x, dt, A, B, C, D=None):
