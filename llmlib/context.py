@@ -22,5 +22,5 @@ class Context:
     valid: Bool[Tensor, "b s"] | None = None
     documents: Int[Tensor, "b s"] | None = None
     embeddings: Float[Tensor, "b t d"] | None = None
-    memory: Float[Tensor, "b m d"] | None = None
+    memory: Float[Tensor, "b m _"] | None = None
     shared: dict = field(default_factory=dict)

@@ -341,7 +341,7 @@ class Backbone(nn.Module):
         positions: Int[Tensor, "*b t"] | None = None,
         valid: Bool[Tensor, "b s"] | None = None,
         documents: Int[Tensor, "b s"] | None = None,
-        memory: Float[Tensor, "b m d"] | None = None,
+        memory: Float[Tensor, "b m _"] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """The residual stream after the last layer and the final norm.
 
