@@ -1,5 +1,7 @@
 """The errors that llmlib raises: each names the thing, its value and the remedy."""
 
+import math
+
 
 class ConfigError(ValueError):
     """A model description that can't be built: an unknown option, or sizes that don't fit together."""
@@ -29,3 +31,16 @@ def require(condition: bool, message: str, error: type[Exception] = ConfigError)
     """Raise `error(message)` unless `condition` holds."""
     if not condition:
         raise error(message)
+
+
+def require_counts(least: int = 1, **sizes: int | None) -> None:
+    """ConfigError unless each of the sizes that is given is a whole number of `least` or more."""
+    for name, size in sizes.items():
+        whole = isinstance(size, int) and not isinstance(size, bool)
+        require(size is None or (whole and size >= least), f"{name} is {size!r}, and must be a whole number ≥ {least}")
+
+
+def require_positive(**numbers: float | None) -> None:
+    """ConfigError unless each of the numbers that is given is above 0 and finite."""
+    for name, number in numbers.items():
+        require(number is None or 0 < number < math.inf, f"{name} is {number}, and must be above 0 and finite")
