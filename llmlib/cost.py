@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmlib.attention import blocks_ended
+from llmlib.context import Context
 from llmlib.errors import require
-from llmlib.model import CausalLM, ModelConfig
+from llmlib.model import Block, CausalLM, ModelConfig
 from llmlib.ops import metered
 
 aten = torch.ops.aten
@@ -36,11 +37,9 @@ _PRODUCTS = {
 
 def visible_pairs(t: int, s: int, causal: bool = True, window: int | None = None) -> int:
     """How many of the t · s pairs a mask lets through, when the last query lines up with the last key."""
-    window = s if window is None else window
-    behind = [min(i + 1, window) for i in range(s - t, s)]
-    if causal:
-        return sum(behind)
-    return sum(n + min(s - 1 - i, window - 1) for i, n in enumerate(behind, start=s - t))
+    window = max(t, s) if window is None else window
+    ahead = 1 if causal else window
+    return sum(max(0, min(s, i + ahead) - max(0, i + 1 - window)) for i in range(s - t, s))
 
 
 def _attention_work(masked, q, k, v, *, causal=True, window=None, **_) -> int:
@@ -182,9 +181,29 @@ def _empty(config: ModelConfig, batch: int, time: int, dtype: torch.dtype = torc
     return torch.empty(batch, time, config.d_model, device="meta", dtype=dtype)
 
 
-def flops(config: ModelConfig, time: int, cached: int = 0, *, masked: bool = True) -> Parts:
+def _context(model: CausalLM, batch: int, time: int, memory: int) -> Context:
+    """The company of one pass of `time` tokens over a memory of `memory` tokens, where a layer reads one."""
+    widths = [m.d_memory for m in model.modules() if hasattr(m, "d_memory")]
+    require(
+        memory >= 1 or not widths, f"memory is {memory}, and layers of this model read one: give its length in tokens"
+    )
+    dtype = model.embedding.weight.dtype
+    read = torch.empty(batch, memory, widths[0], device="meta", dtype=dtype) if widths else None
+    return Context(embeddings=_empty(model.config, batch, time, dtype), memory=read)
+
+
+def _mix(block: Block, x: Tensor, state: dict | None, context: Context) -> None:
+    """Run what looks beyond a token: the mixer, and the cross-attention on a memory."""
+    if block.mixer is not None:
+        block.mixer(x, state, context)
+    if block.cross is not None:
+        block.cross(x, None if state is None else state.setdefault("cross", {}), context)
+
+
+def flops(config: ModelConfig, time: int, cached: int = 0, *, masked: bool = True, memory: int = 0) -> Parts:
     """FLOPs of one forward pass of `time` new tokens behind `cached` ones, by part.
 
+    Cross-attention counts as a mixer; `memory` is the length of what it reads, projected once, with the first tokens.
     Training costs three times as much: the backward pass of a product is two products of the same size. For one
     generated token at context n use flops(config, 1, n - 1).
     """
@@ -192,9 +211,10 @@ def flops(config: ModelConfig, time: int, cached: int = 0, *, masked: bool = Tru
         time >= 1 and cached >= 0, f"time is {time} and cached {cached}; there must be a token, and no fewer than 0"
     )
     model, done = skeleton(config), {}
+    earlier, now = (_context(model, 1, n, memory) for n in (cached, time))
     for block in model.layers:
         if block.layer not in done:
-            done[block.layer] = _block_flops(block, config, time, cached, masked)
+            done[block.layer] = _block_flops(block, earlier, now, masked)
     mixer, ffn, residual = (sum(done[b.layer][i] for b in model.layers) for i in range(3))
     with Counter() as counter, torch.no_grad():
         model.logits(_empty(config, 1, time))
@@ -202,19 +222,21 @@ def flops(config: ModelConfig, time: int, cached: int = 0, *, masked: bool = Tru
 
 
 @torch.no_grad()
-def _block_flops(block, config, time, cached, masked) -> tuple[int, int, int]:
-    state, counted = {}, []
-    if block.mixer is not None and cached:
-        block.mixer(_empty(config, 1, cached), state)
-    for part, *args in ((block.mixer, state if cached else None), (block.ffn,)):
-        with Counter(masked) as counter:
-            if part is not None:
-                part(_empty(config, 1, time), *args)
-        counted.append(counter.flops)
-    with Counter() as counter:
+def _block_flops(block: Block, earlier: Context, now: Context, masked: bool) -> tuple[int, int, int]:
+    """(mixer, feed-forward, residual connections) for the tokens of `now`, behind those of `earlier`."""
+    x, state = now.embeddings, None
+    if earlier.embeddings.shape[1]:
+        state = {}
+        _mix(block, earlier.embeddings, state, earlier)
+    with Counter(masked) as mixer:
+        _mix(block, x, state, now)
+    with Counter(masked) as ffn:
+        if block.ffn is not None:
+            block.ffn(x)
+    with Counter() as residual:
         for connection in block.connections():
-            connection(connection.widen(_empty(config, 1, time)))
-    return (*counted, counter.flops)
+            connection(connection.widen(x))
+    return mixer.flops, ffn.flops, residual.flops
 
 
 def state_bytes(state) -> int:
@@ -232,22 +254,30 @@ def _tensors(thing):
 
 
 @torch.no_grad()
-def cache(config: ModelConfig, length: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of keys, values, latents and states after `length` tokens, when room for just so many was reserved."""
+def cache(
+    config: ModelConfig, length: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16, memory: int = 0
+) -> int:
+    """Bytes of keys, values, latents and states after `length` tokens, when room for just so many was reserved.
+
+    Cross-attention keeps the keys and values of a memory of `memory` tokens.
+    """
     require(length >= 1, f"length is {length}; a cache needs at least one token")
     model = skeleton(config, dtype)
     state = model.new_state(reserve=length)
-    sizes = {}
+    sizes, context = {}, _context(model, batch, length, memory)
     for block, kept in zip(model.layers, state, strict=True):
-        if block.layer not in sizes and block.mixer is not None:
-            block.mixer(_empty(config, batch, length, dtype), kept)
+        if block.layer not in sizes:
+            _mix(block, context.embeddings, kept, context)
             sizes[block.layer] = state_bytes([kept])
-    return sum(sizes.get(block.layer, 0) for block in model.layers)
+    return sum(sizes[block.layer] for block in model.layers)
 
 
-def cache_per_token(config: ModelConfig, length: int = 4096, dtype: torch.dtype = torch.bfloat16) -> float:
+def cache_per_token(
+    config: ModelConfig, length: int = 4096, dtype: torch.dtype = torch.bfloat16, memory: int = 0
+) -> float:
     """Bytes that the cache grows by for each further token at this length: 0 under a full window and for a state."""
-    return (cache(config, length + 64, dtype=dtype) - cache(config, length, dtype=dtype)) / 64
+    longer, shorter = (cache(config, n, dtype=dtype, memory=memory) for n in (length + 64, length))
+    return (longer - shorter) / 64
 
 
 @dataclass(frozen=True)
@@ -272,28 +302,48 @@ class Step:
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
-def prefill(config: ModelConfig, time: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> Step:
-    """Reading a prompt: each weight once for the whole batch, and the cache written once."""
-    weights = parameters(config).total * dtype.itemsize
-    return Step(batch * flops(config, time).total, weights, cache(config, time, batch, dtype))
+def prefill(
+    config: ModelConfig, time: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16, memory: int = 0
+) -> Step:
+    """Reading a prompt: each weight once for the whole batch, of tables the rows used, and the cache written once."""
+    parts = parameters(config)
+    weights = parts.total - parts.embedding + _rows(config, batch * time, time)
+    work = batch * flops(config, time, memory=memory).total
+    return Step(work, weights * dtype.itemsize, cache(config, time, batch, dtype, memory))
 
 
-def decode(config: ModelConfig, context: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> Step:
+def decode(
+    config: ModelConfig, context: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16, memory: int = 0
+) -> Step:
     """One more token behind `context` others for each sequence: the weights are read once, every cache whole.
 
     Of routed experts a batch touches at most batch · top_k; this counts those, as if no two tokens shared one. Of the
-    embedding it reads one row for each token. Sparse attention reads less of its cache than this says.
+    embedding it reads one row for each token, of learned positions one, and of cross-attention no map of the memory.
+    Sparse attention reads less of its cache than this says.
     """
-    config_parts, active = parameters(config), parameters(config, active=True)
-    touched = min(config_parts.ffn, active.ffn + (batch - 1) * _routed(config))
-    weights = config_parts.mixer + config_parts.norm + config_parts.residual + touched
-    weights += config_parts.head or config_parts.embedding
-    rows = 0 if config.tie_embeddings else batch * config.d_model
+    parts, active = parameters(config), parameters(config, active=True)
+    touched = min(parts.ffn, active.ffn + (batch - 1) * _routed(config))
+    weights = parts.mixer - _memory_maps(config) + parts.norm + parts.residual + touched
+    weights += parts.head + _rows(config, batch, 1)
     return Step(
-        batch * flops(config, 1, context).total,
-        (weights + rows) * dtype.itemsize,
-        cache(config, context, batch, dtype),
+        batch * flops(config, 1, context, memory=memory).total,
+        weights * dtype.itemsize,
+        cache(config, context, batch, dtype, memory),
     )
+
+
+def _rows(config: ModelConfig, tokens: int, places: int) -> int:
+    """Numbers read of the tables: a row for each token and for each place, and all of an embedding that is the head."""
+    model = skeleton(config)
+    embedding, position = _count(model.embedding), _count(model.position)
+    rows = embedding if model.head is None else min(tokens * config.d_model, embedding)
+    return rows + min(places * config.d_model, position)
+
+
+def _memory_maps(config: ModelConfig) -> int:
+    """Parameters that make keys and values of a memory, which the cache then holds."""
+    layers = [m for m in skeleton(config).modules() if hasattr(m, "d_memory")]
+    return _count(*(part for m in layers for part in (m.k_proj, m.v_proj, m.k_norm)))
 
 
 def _routed(config: ModelConfig) -> int:
@@ -309,10 +359,12 @@ def memory(
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     training: bool = False,
+    memory: int = 0,
 ) -> dict[str, float]:
-    """Bytes by purpose. To generate: weights and cache. To train, without activations: weights and gradients in
-    `dtype`, and AdamW's float32 master copy and two moments (12 bytes for each parameter)."""
+    """Bytes by purpose. To generate: weights, and the cache, cross-attention's on `memory` tokens included. To train,
+    without activations: weights and gradients in `dtype`, and AdamW's float32 master copy and two moments (12 bytes
+    for each parameter)."""
     count = parameters(config).total
     if not training:
-        return {"weights": count * dtype.itemsize, "cache": cache(config, context, batch, dtype)}
+        return {"weights": count * dtype.itemsize, "cache": cache(config, context, batch, dtype, memory)}
     return {"weights": count * dtype.itemsize, "gradients": count * dtype.itemsize, "optimiser": 12.0 * count}

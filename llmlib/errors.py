@@ -1,5 +1,7 @@
 """The errors that llmlib raises: each names the thing, its value and the remedy."""
 
+import math
+
 
 class ConfigError(ValueError):
     """A model description that can't be built: an unknown option, or sizes that don't fit together."""
@@ -31,12 +33,6 @@ def require(condition: bool, message: str, error: type[Exception] = ConfigError)
         raise error(message)
 
 
-def require_at_least_1(error: type[Exception] = ConfigError, **sizes: float) -> None:
-    """Raise `error` for the first of the named sizes that is below 1."""
-    for name, size in sizes.items():
-        require(size >= 1, f"{name} is {size}, and must be at least 1", error)
-
-
 def require_range(name: str, bounds: tuple[float, float], *, above_0: bool = True) -> None:
     """Raise ConfigError unless (low, high) runs upwards, from above 0, or else from 0."""
     low, high = bounds
@@ -58,3 +54,17 @@ def require_state(state: dict | None, names: tuple[str, ...], owner: str) -> Non
         f"{', '.join(map(repr, names))}: is it the state of another layer?",
         ValueError,
     )
+
+
+def require_counts(least: int = 1, **sizes: int | None) -> None:
+    """ConfigError unless each of the sizes that is given is a whole number of `least` or more."""
+    for name, size in sizes.items():
+        whole = isinstance(size, int) and not isinstance(size, bool)
+        require(size is None or whole, f"{name} is {size!r}, and must be a whole number")
+        require(size is None or size >= least, f"{name} is {size}, and must be at least {least}")
+
+
+def require_positive(**numbers: float | None) -> None:
+    """ConfigError unless each of the numbers that is given is above 0 and finite."""
+    for name, number in numbers.items():
+        require(number is None or 0 < number < math.inf, f"{name} is {number}, and must be above 0 and finite")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmlib.errors import require
+from llmlib.errors import require, require_counts
 from llmlib.norm import init_linears_
 from llmlib.ops import available, op
 
@@ -111,6 +111,7 @@ def glu_width(d_model: int, *, multiple_of: int = 256, multiplier: float = 1.0) 
 
     Three matrices of width 8/3 d hold as many numbers as two of width 4 d: 3 · (8/3) = 2 · 4.
     """
+    require_counts(d_model=d_model, multiple_of=multiple_of)
     width = int(multiplier * (8 * d_model // 3))
     return multiple_of * -(-width // multiple_of)
 

@@ -15,7 +15,7 @@ import yaml
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from llmlib.context import Context
+from llmlib.context import Context, positions_in_text
 from llmlib.errors import ConfigError, require
 from llmlib.generate import generate
 from llmlib.ops import available, op
@@ -40,7 +40,7 @@ class Spec:
                     f"{cls.__name__} has no option {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; "
                     f"it has {', '.join(list(known)[1:])}"
                 )
-        self.cls, self.options = cls, {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        self.cls, self.options = cls, {k: _with_tuples(v) for k, v in options.items()}
 
     def __call__(self, *sizes, **more) -> nn.Module:
         return self.cls(*sizes, **{**self.options, **more})
@@ -60,6 +60,13 @@ class Spec:
 
 
 spec = Spec
+
+
+def _with_tuples(value):
+    """Lists as tuples, at any depth, as `from_yaml` reads them."""
+    if isinstance(value, list | tuple):
+        return tuple(_with_tuples(v) for v in value)
+    return {k: _with_tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)
@@ -350,7 +357,8 @@ class Backbone(nn.Module):
     def _initialise(self) -> None:
         std = self.config.init_std
         self.embedding.weight.normal_(0, std)
-        parts = [p for block in set(self.layers) for p in (block.mixer, block.cross, block.ffn) if p is not None]
+        blocks = dict.fromkeys(self.layers)  # in order, for the seed's sake
+        parts = [p for block in blocks for p in (block.mixer, block.cross, block.ffn) if p is not None]
         if std != 0.02:
             for part in parts:
                 part.reset_parameters(std=std)
@@ -372,13 +380,13 @@ class Backbone(nn.Module):
         positions: Int[Tensor, "*b t"] | None = None,
         valid: Bool[Tensor, "b s"] | None = None,
         documents: Int[Tensor, "b s"] | None = None,
-        memory: Float[Tensor, "b m d"] | None = None,
+        memory: Float[Tensor, "b m _"] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """The residual stream after the last layer and the final norm.
 
         state      from `new_state()`; updated in place, so that a text can be fed in pieces
-        positions  absolute positions; by default they count on from the state, from the first valid token,
-                   or from the start of each document
+        positions  absolute positions; by default they count on from the state, or from the first valid token
+                   of the text or of each document
         valid      False marks left padding (prompts of different lengths in a batch), over cached and new tokens
         documents  the document of each cached and new token, in packed text: nothing crosses a boundary
         memory     an encoder's output, read by cross-attention
@@ -390,10 +398,8 @@ class Backbone(nn.Module):
             f"is it the state of another model?",
             ValueError,
         )
-        if positions is None and valid is not None:
-            positions = (valid.long().cumsum(1) - 1).clamp(min=0)[:, -t:]
-        if positions is None and documents is not None:
-            positions = _positions_in_documents(documents)[:, -t:]
+        if positions is None and (valid is not None or documents is not None):
+            positions = positions_in_text(valid, documents)[:, -t:]
         x = self.embedding(tokens)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
@@ -425,13 +431,6 @@ class Backbone(nn.Module):
     def auxiliary_loss(self) -> Tensor | float:
         """The sum of what the layers of the last pass ask for besides the loss (load balancing, router z-loss, KL)."""
         return sum(m.auxiliary_loss for m in self.modules() if isinstance(getattr(m, "auxiliary_loss", None), Tensor))
-
-
-def _positions_in_documents(documents: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
-    """How far each token stands from the first token of its document."""
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
 class CausalLM(Backbone):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmlib.errors import require
+from llmlib.errors import require, require_counts
 from llmlib.ops import op
 
 
@@ -96,7 +96,7 @@ class ClosedFormRMSNorm(torch.autograd.Function):
         normed = x * inverse
         product = dy * normed
         along = (product @ weight)[..., None] / d
-        return torch.addcmul(dy * weight, normed, along, value=-1) * inverse, product.flatten(0, -2).sum(0), None
+        return torch.addcmul(dy * weight, normed, along, value=-1) * inverse, product.reshape(-1, d).sum(0), None
 
 
 @rms_norm.twin("torch", _torch_why_not, measured="CPU")
@@ -146,6 +146,7 @@ class RMSNorm(nn.Module):
         num_heads: int | None = None,
     ):
         super().__init__()
+        require(weight or not unit_offset, "unit_offset=True adds 1 to the gain, and weight=False leaves it out")
         self.eps, self.unit_offset = eps, unit_offset
         shape = (dim,) if num_heads is None else (num_heads, dim)
         self.weight = nn.Parameter(torch.zeros(shape) if unit_offset else torch.ones(shape)) if weight else None
@@ -206,18 +207,17 @@ def fold_gain_(norm: RMSNorm | LayerNorm, linears: Iterable[nn.Linear]) -> None:
     W (w ⊙ x̂ + b) + c = (W diag(w)) x̂ + (W b + c), so a norm's gain costs nothing at inference.
     `linears` must be all that reads the norm. ConfigError when b ≠ 0 meets a linear map without a bias.
     """
-    if norm.weight is None:
-        return
-    gain = 1 + norm.weight if getattr(norm, "unit_offset", False) else norm.weight
-    bias = getattr(norm, "bias", None)
-    for linear in linears:
-        if bias is not None and bias.any():
-            require(linear.bias is not None, "the norm has a bias, and a linear map that reads it has none")
+    linears, offset, bias = list(linears), int(getattr(norm, "unit_offset", False)), getattr(norm, "bias", None)
+    if bias is not None and bias.any():
+        room = all(linear.bias is not None for linear in linears)
+        require(room, "the norm has a bias, and a linear map that reads it has none")
+        for linear in linears:
             linear.bias += linear.weight @ bias
-        linear.weight *= gain
-    norm.weight.fill_(0 if getattr(norm, "unit_offset", False) else 1)
-    if bias is not None:
         bias.zero_()
+    if norm.weight is not None:
+        for linear in linears:
+            linear.weight *= norm.weight + offset
+        norm.weight.fill_(1 - offset)
 
 
 def deepnorm(num_layers: int, *, encoder_layers: int = 0) -> tuple[float, float]:
@@ -227,12 +227,14 @@ def deepnorm(num_layers: int, *, encoder_layers: int = 0) -> tuple[float, float]
     With `encoder_layers` > 0 they are those of a decoder over an encoder: α = (3N)^¼, β = (12N)^−¼.
     Wang et al., "DeepNet: Scaling Transformers to 1,000 Layers", arXiv:2203.00555, table 2 (see `deepnorm_encoder`).
     """
-    require(num_layers >= 1, f"num_layers is {num_layers}, and must be at least 1")
+    require_counts(num_layers=num_layers)
+    require_counts(0, encoder_layers=encoder_layers)
     n = 3 * num_layers if encoder_layers else 2 * num_layers
     return n**0.25, (4 * n) ** -0.25
 
 
 def deepnorm_encoder(encoder_layers: int, decoder_layers: int) -> tuple[float, float]:
     """DeepNorm's (α, β) for the encoder under a decoder: α = 0.81 (N⁴M)^(1/16), β = 0.87 (N⁴M)^(−1/16)."""
+    require_counts(encoder_layers=encoder_layers, decoder_layers=decoder_layers)
     size = (encoder_layers**4 * decoder_layers) ** (1 / 16)
     return 0.81 * size, 0.87 / size

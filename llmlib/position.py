@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmlib.context import Context
-from llmlib.errors import ConfigError, require
+from llmlib.errors import ConfigError, require, require_counts, require_positive
 from llmlib.ops import op
 
 
@@ -70,7 +70,12 @@ def ntk_scaling(dim: int, theta: float, length: Tensor, *, factor: float):
 
     From bloc97's posts of 2023; described in section 3.1 of YaRN, arXiv:2309.00071.
     """
-    return rope_frequencies(dim, theta * at_least_one(factor) ** (dim / (dim - 2))), 1.0
+    return rope_frequencies(dim, theta * at_least_one(factor) ** _ntk_power(dim)), 1.0
+
+
+def _ntk_power(dim: int) -> float:
+    require(dim > 2, f"NTK scaling leaves the first pair alone and slows others, and RoPE's width of {dim} is one pair")
+    return dim / (dim - 2)
 
 
 def dynamic_scaling(dim: int, theta: float, length: Tensor, *, factor: float, original_max_position_embeddings: int):
@@ -78,8 +83,9 @@ def dynamic_scaling(dim: int, theta: float, length: Tensor, *, factor: float, or
 
     Within the original length nothing changes.
     """
+    require_positive(original_max_position_embeddings=original_max_position_embeddings)
     beyond = (length.to(torch.float64) / original_max_position_embeddings).clamp(min=1)
-    grown = theta * (at_least_one(factor) * beyond - (factor - 1)) ** (dim / (dim - 2))
+    grown = theta * (at_least_one(factor) * beyond - (factor - 1)) ** _ntk_power(dim)
     steps = -torch.arange(0, dim, 2, dtype=torch.float64, device=length.device) / dim
     return grown[..., None] ** steps, 1.0
 
@@ -104,6 +110,10 @@ def yarn_scaling(
     `truncate` rounds the ramp's ends to whole pairs; DeepSeek splits the growth by `mscale` and `mscale_all_dim`.
     Peng et al., arXiv:2309.00071.
     """
+    require_positive(
+        original_max_position_embeddings=original_max_position_embeddings, beta_fast=beta_fast, beta_slow=beta_slow
+    )
+    require(theta > 1, f"rope_theta is {theta}, and YaRN's ramp over the pairs needs one above 1")
     frequencies = rope_frequencies(dim, theta)
     low, high = (
         dim * math.log(original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -144,7 +154,12 @@ def longrope_scaling(
     """
     for name, factors in (("short_factor", short_factor), ("long_factor", long_factor)):
         require(len(factors) == dim // 2, f"{name} has {len(factors)} numbers, and {dim // 2} pairs turn")
+        require(min(factors) > 0, f"{name} has {min(factors)} in it, and each number must be above 0")
     require(factor is not None or attention_factor is not None, "longrope needs `factor` or `attention_factor`")
+    require(
+        original_max_position_embeddings > 1,
+        f"original_max_position_embeddings is {original_max_position_embeddings}, and must be above 1",
+    )
     if attention_factor is None:
         attention_factor = math.sqrt(1 + math.log(at_least_one(factor)) / math.log(original_max_position_embeddings))
     long = (length > original_max_position_embeddings)[..., None]
@@ -171,6 +186,7 @@ def llama3_scaling(
         high_freq_factor > low_freq_factor,
         f"high_freq_factor = {high_freq_factor} must be above low_freq_factor = {low_freq_factor}",
     )
+    require_positive(original_max_position_embeddings=original_max_position_embeddings)
     frequencies = rope_frequencies(dim, theta)
     turns = original_max_position_embeddings * frequencies / (2 * math.pi)
     keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
@@ -235,14 +251,15 @@ class RoPE:
         return 2 * math.pi / self.frequencies(length)[0]
 
     def angles(
-        self, positions: Int[Tensor, "*b s"], dtype: torch.dtype, length: Int[Tensor, "b"] | int = 1
+        self, positions: Int[Tensor, "*b s"], dtype: torch.dtype, length: Int[Tensor, "*b #s"] | int = 1
     ) -> tuple[Float[Tensor, "*b1 s r"], Float[Tensor, "*b1 s r"]]:
-        """cos and sin of position · frequency; products are formed in float64, so far positions stay exact."""
+        """cos and sin of position · frequency; products are formed in float64, so far positions stay exact.
+
+        `length` is that of the text, one for all or one for each position.
+        """
         frequencies, factor = self.frequencies(length)
         precise = torch.float32 if positions.device.type == "mps" else torch.float64
         frequencies = frequencies.to(positions.device, precise)
-        if frequencies.ndim == 2:
-            frequencies = frequencies[:, None]
         angles = positions[..., None].to(precise) * frequencies
         if angles.ndim == 3:
             angles = angles[:, None]
@@ -256,12 +273,11 @@ class RoPE:
         t, dtype = like.shape[2], torch.promote_types(like.dtype, torch.float32)
         key = "rope", self.key, dtype, start, t
         if key not in context.shared:
-            context.shared[key] = self._find(start, t, dtype, like, context.positions)
+            context.shared[key] = self._find(start, t, dtype, like, given_positions(context, t))
         return context.shared[key]
 
     def _find(self, start: int, t: int, dtype: torch.dtype, like: Tensor, positions: Int[Tensor, "*b t"] | None):
         if positions is not None:
-            check_positions(positions)
             return self.angles(positions, dtype)
         if torch.compiler.is_compiling() or type(like) is not Tensor:
             return self.angles(torch.arange(start, start + t, device=like.device), dtype)
@@ -310,7 +326,7 @@ def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> Float[Tensor, "h"]:
     """2^(−max_bias · i/h), i = 1 … h, when h is a power of two; else those of the power below, then every second one of
     the power above, from the first. Press, Smith and Lewis, arXiv:2108.12409.
     """
-    require(num_heads >= 1, f"num_heads is {num_heads}, and must be at least 1")
+    require_counts(num_heads=num_heads)
     n = 1 << (num_heads.bit_length() - 1)
     count = torch.arange(1, n + 1, device="cpu")  # real numbers, also in a model built on the meta device
     steps = torch.cat([count / n, (2 * count[: num_heads - n] - 1) / (2 * n)])
@@ -323,18 +339,21 @@ class ALiBi(nn.Module):
     max_bias  sets the slopes, see `alibi_slopes`
     scale     multiplies the bias (Falcon adds it before the scores are divided by √d)
     bfloat16  slope · j, rounded to bfloat16 as Falcon computes it, in place of the exact −slope · |i − j|
+
+    `absolute` says whether the bias depends on where the keys stand, or on distances alone.
     """
 
     def __init__(self, num_heads: int, *, max_bias: float = 8.0, scale: float = 1.0, bfloat16: bool = False):
         super().__init__()
         self.scale, self.bfloat16, self.slopes = scale, bfloat16, alibi_slopes(num_heads, max_bias)
+        self.absolute = bfloat16
 
-    def forward(self, queries: Int[Tensor, "t"], keys: Int[Tensor, "s"]) -> Float[Tensor, "h #t s"]:
+    def forward(self, queries: Int[Tensor, "*b t"], keys: Int[Tensor, "*b s"]) -> Float[Tensor, "*b h #t s"]:
         """The bias for queries and keys that stand at these places."""
         slopes = self.slopes.to(keys.device, torch.float32)[:, None, None]
         if self.bfloat16:
-            return (slopes.bfloat16() * keys.bfloat16()).float() * self.scale
-        return (slopes * self.scale) * -(queries[:, None] - keys).abs()
+            return (slopes.bfloat16() * keys[..., None, None, :].bfloat16()).float() * self.scale
+        return (slopes * self.scale) * -(queries[..., None, :, None] - keys[..., None, None, :]).abs()
 
 
 class T5Bias(nn.Module):
@@ -348,6 +367,7 @@ class T5Bias(nn.Module):
 
     def __init__(self, num_heads: int, *, num_buckets: int = 32, max_distance: int = 128, causal: bool = True):
         super().__init__()
+        require_counts(num_heads=num_heads, num_buckets=num_buckets)
         require(num_buckets % 4 == 0, f"num_buckets is {num_buckets}, and must be a multiple of 4")
         require(max_distance > num_buckets, f"max_distance = {max_distance} must be above num_buckets = {num_buckets}")
         self.num_buckets, self.max_distance, self.causal = num_buckets, max_distance, causal
@@ -382,6 +402,8 @@ class LearnedPosition(nn.Module):
 
     def __init__(self, d_model: int, *, max_positions: int, offset: int = 0):
         super().__init__()
+        require_counts(max_positions=max_positions)
+        require_counts(0, offset=offset)
         self.max_positions, self.offset = max_positions, offset
         self.weight = nn.Parameter(torch.empty(max_positions + offset, d_model))
         self.reset_parameters()
@@ -413,6 +435,15 @@ class SinusoidalPosition(nn.Module):
         waves = angles.sin(), angles.cos()
         table = torch.stack(waves, -1).flatten(-2) if self.interleaved else torch.cat(waves, -1)
         return x + table.to(x.dtype)
+
+
+def given_positions(context: Context, t: int) -> Int[Tensor, "*b t"] | None:
+    """The positions that the context gives to t new tokens, if they are t and not below 0."""
+    positions = context.positions
+    if positions is not None:
+        require(positions.shape[-1] == t, f"context.positions holds {positions.shape[-1]} positions for {t} new tokens")
+        check_positions(positions)
+    return positions
 
 
 def check_positions(positions: Int[Tensor, "*b t"], limit: float = math.inf) -> None:

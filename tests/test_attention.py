@@ -1,5 +1,6 @@
 """Attention: against its definition, transformers' modules, and by property; every cache equals the full pass."""
 
+import functools
 import itertools
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_ops import EXAMPLES, assert_all_close
 from torch import nn
 
 from llmlib.attention import (
@@ -31,18 +33,17 @@ torch.set_num_threads(1)
 double = {"dtype": torch.float64}
 
 
-def by_definition(q, k, v, i, h, *, causal, window, mask, bias, sinks, softcap, scale):
-    """Row i of head h, number by number."""
+def by_definition(q, k, v, n, h, i, *, causal, window, mask, bias, sinks, softcap, scale):
+    """Row i of head h in text n, number by number."""
     t, s, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     at, terms = i + s - t, []
+    mask = None if mask is None else mask.expand(len(q), q.shape[1], t, s)[n, h, i]
     for j in range(s):
-        seen = (
-            (not causal or j <= at) and (window is None or abs(at - j) < window) and (mask is None or mask[0, 0, i, j])
-        )
+        seen = (not causal or j <= at) and (window is None or abs(at - j) < window) and (mask is None or mask[j])
         if seen:
-            score = sum(a * b for a, b in zip(q[0, h, i].tolist(), k[0, h // group, j].tolist(), strict=True)) * scale
+            score = sum(a * b for a, b in zip(q[n, h, i].tolist(), k[n, h // group, j].tolist(), strict=True)) * scale
             score = score if softcap is None else softcap * math.tanh(score / softcap)
-            terms.append((math.exp(score + (0 if bias is None else bias[h, i, j].item())), v[0, h // group, j]))
+            terms.append((math.exp(score + (0 if bias is None else bias[h, i, j].item())), v[n, h // group, j]))
     total = sum(w for w, _ in terms) + (0 if sinks is None else math.exp(sinks[h]))
     return sum((w / total * row for w, row in terms), torch.zeros(v.shape[-1], **double))
 
@@ -52,23 +53,40 @@ def by_definition(q, k, v, i, h, *, causal, window, mask, bias, sinks, softcap, 
 def test_the_op_is_its_definition(data):
     draw, pick = data.draw, lambda *options: data.draw(st.sampled_from(options))
     torch.manual_seed(draw(st.integers(0, 10**6)))
-    g, group, t, past = pick(1, 2), pick(1, 3), draw(st.integers(1, 6)), draw(st.integers(0, 4))
-    h, s = g * group, t + past
-    q, k, v = torch.randn(1, h, t, 4, **double), torch.randn(1, g, s, 4, **double), torch.randn(1, g, s, 3, **double)
+    g, group, t, causal = pick(1, 2), pick(1, 3), draw(st.integers(1, 6)), pick(True, False)
+    h, s = g * group, draw(st.integers(t if causal else 1, t + 4))
+    q, k, v = torch.randn(2, h, t, 4, **double), torch.randn(2, g, s, 4, **double), torch.randn(2, g, s, 3, **double)
     options = {
-        "causal": pick(True, False),
+        "causal": causal,
         "window": pick(None, 1, 3),
-        "mask": torch.rand(1, 1, t, s) < 0.7 if pick(True, False) else None,
+        "mask": torch.rand(pick(1, 2), pick(1, h), t, pick(1, s)) < 0.7 if pick(True, False) else None,
         "bias": torch.randn(h, t, s, **double) if pick(True, False) else None,
-        "sinks": torch.randn(h, **double) if pick(True, False) else None,
+        "sinks": torch.randn(h, **double) + pick(0, 200, -200) if pick(True, False) else None,
         "softcap": pick(None, 1.5),
         "scale": 0.7,
     }
     for mode in ("reference", "auto"):
         with kernels(mode):
             y = attention(q, k, v, **options)
-        for i, head in itertools.product(range(t), range(h)):
-            assert torch.allclose(y[0, head, i], by_definition(q, k, v, i, head, **options), atol=1e-12)
+        for at in itertools.product(range(2), range(h), range(t)):
+            assert torch.allclose(y[at], by_definition(q, k, v, *at, **options), atol=1e-12)
+
+
+def test_sinks_far_from_the_scores_in_float32():
+    """e²⁰⁰ is beyond float32: a sink that draws all weight away leaves zeros, also as gradients, and no NaN."""
+    q, k, v = (torch.randn(1, 3, 5, 4) for _ in range(3))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v, torch.tensor([200.0, -200.0, 1.0]))]
+        if dtype is torch.float32:
+            y = attention(*inputs[:3], sinks=inputs[3])
+        else:
+            scores = (inputs[0] @ inputs[1].mT / 2).masked_fill(~visible(5, 5, True, None), -torch.inf)
+            sink = inputs[3][:, None, None].expand(1, 3, 5, 1)
+            y = torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ inputs[2]
+        results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    for got, want in zip(*results, strict=True):
+        assert torch.allclose(got.double(), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["reference", "sdpa", "tiled", "auto"])
@@ -121,10 +139,9 @@ def test_which_kernel_runs():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("number", range(30))
+@pytest.mark.parametrize("number", range(len(EXAMPLES["attention"])))
 def test_what_the_gpu_kernel_is_told(number):
     """FlexAttention's own eager form computes the formula that it compiles on a GPU; on the CPU it has no backward."""
-    from test_ops import EXAMPLES, assert_all_close
     from torch.nn.attention.flex_attention import flex_attention
 
     args, options = EXAMPLES["attention"][number](torch.float32, "cpu")
@@ -269,6 +286,25 @@ def test_cross_attention_equals_torch():
     assert torch.allclose(torch.cat(steps, 1), want, atol=1e-6)
 
 
+@pytest.mark.parametrize("gate", ["elementwise", "head"])
+def test_cross_attention_is_its_formula(gate):
+    layer = CrossAttention(32, num_heads=4, num_kv_heads=2, qk_norm=RMSNorm, softcap=0.8, scale=0.6, gate=gate).double()
+    for p in layer.parameters():
+        nn.init.normal_(p, 0, 0.4)
+    x, memory = torch.randn(3, 32, **double), torch.randn(5, 32, **double)
+    q, k, v, opened = (x @ layer.q_proj.weight.T, memory @ layer.k_proj.weight.T, memory @ layer.v_proj.weight.T,
+                       1 / (1 + torch.exp(-x @ layer.gate_proj.weight.T)))  # fmt: skip
+    out = []
+    for h in range(4):
+        own, group = slice(8 * h, 8 * h + 8), slice(8 * (h // 2), 8 * (h // 2) + 8)
+        a, b = (y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() for y in (q[:, own], k[:, group]))
+        weights = torch.exp(0.8 * torch.tanh(0.6 * (a * layer.q_norm.weight) @ (b * layer.k_norm.weight).T / 0.8))
+        y = weights / weights.sum(-1, keepdim=True) @ v[:, group]
+        out.append(y * (opened[:, own] if gate == "elementwise" else opened[:, h : h + 1]))
+    want = torch.cat(out, -1) @ layer.o_proj.weight.T
+    assert torch.allclose(layer(x[None], None, Context(memory=memory[None]))[0], want, atol=1e-12)
+
+
 def test_an_encoder_sees_both_sides():
     layer, x = Attention(16, num_heads=2, causal=False, window=3), torch.randn(1, 9, 16, requires_grad=True)
     seen = torch.autograd.grad(layer(x)[0, 4].sum(), x)[0][0].abs().sum(-1) > 0
@@ -279,6 +315,8 @@ def test_an_encoder_sees_both_sides():
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0],
             "original_max_position_embeddings": 100, "factor": 8.0}  # fmt: skip
+# slopes of which no product with a small whole number is exact in bfloat16, so that a shift of all places shows
+ROUNDED_ALIBI = functools.partial(ALiBi, bfloat16=True, max_bias=5.3)
 KINDS = {
     "mha": {"rope_theta": 1e4},
     "gqa": {"rope_theta": 1e4, "num_kv_heads": 2},
@@ -292,6 +330,8 @@ KINDS = {
     "softcap": {"softcap": 2.0, "num_kv_heads": 2},
     "alibi": {"position_bias": ALiBi, "num_kv_heads": 2},
     "alibi window": {"position_bias": ALiBi, "window": 5},
+    "falcon": {"position_bias": ROUNDED_ALIBI},
+    "falcon window": {"position_bias": ROUNDED_ALIBI, "window": 5},
     "t5": {"position_bias": T5Bias, "window": 7},
     "qk norm, gate": {"qk_norm": RMSNorm, "gate": "elementwise", "rope_theta": 1e4},
     "norm after rope": {"qk_norm": RMSNorm, "qk_norm_after_rope": True, "rope_theta": 1e4},
@@ -351,7 +391,7 @@ def test_prompts_of_different_lengths_in_one_batch(kind):
                 assert torch.allclose(row[9 - n :], full_pass(layer, text)[0], atol=1e-11), (n, sizes)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if "longrope" not in k])
+@pytest.mark.parametrize("kind", KINDS)
 def test_documents_do_not_see_each_other(kind):
     layer, x = make(kind), torch.randn(1, 20, 32, **double)
     documents = torch.tensor([[0] * 6 + [1] * 3 + [2] * 11])
@@ -364,17 +404,21 @@ def test_documents_do_not_see_each_other(kind):
             assert torch.allclose(y, want, atol=1e-11)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+GROWING = {"dynamic": {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 6}}
+GROWING |= {"longrope": LONGROPE | {"original_max_position_embeddings": 6}}
+
+
+def make_growing(kind, **options):
+    torch.manual_seed(0)
+    layer = Attention(32, num_heads=4, rope_theta=1e4, rope_scaling=GROWING[kind], **options).double()
+    layer.reset_parameters(0.5)
+    return layer
+
+
+@pytest.mark.parametrize("kind", GROWING)
 def test_frequencies_that_grow_with_the_text(kind):
     """A step equals the last token of a full pass over the text so far, before, at and beyond the original length."""
-    scaling = (
-        {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 6}
-        if kind == "dynamic"
-        else (LONGROPE | {"original_max_position_embeddings": 6})
-    )
-    torch.manual_seed(0)
-    layer = Attention(32, num_heads=4, rope_theta=1e4, rope_scaling=scaling).double()
-    layer.reset_parameters(0.5)
+    layer = make_growing(kind)
     x, state = torch.randn(2, 12, 32, **double), {}
     with torch.no_grad():
         for i in range(12):
@@ -382,6 +426,55 @@ def test_frequencies_that_grow_with_the_text(kind):
             assert torch.allclose(y[:, 0], layer(x[:, : i + 1])[:, -1], atol=1e-12)
         short = layer(x[:, :6])
         assert not torch.allclose(layer(x)[:, :6], short, atol=1e-3)  # the test can tell the two regimes apart
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("kind", GROWING)
+def test_each_text_and_each_document_has_frequencies_of_its_own(kind, window):
+    """Beside and behind longer ones, within the original length of 6 or beyond it."""
+    layer = make_growing(kind, window=window)
+    texts = [torch.randn(1, n, 32, **double) for n in (9, 3, 7)]
+    alone = torch.cat([layer(text) for text in texts], 1)
+    valid = torch.arange(9) >= 9 - torch.tensor([[9], [3], [7]])
+    batch = torch.cat([torch.cat([torch.randn(1, 9 - x.shape[1], 32, **double), x], 1) for x in texts])
+    documents, positions = torch.tensor([[5] * 9 + [2] * 3 + [8] * 7]), torch.cat([torch.arange(n) for n in (9, 3, 7)])
+    with torch.no_grad():
+        assert torch.allclose(in_pieces(layer, batch, [9], valid)[0][valid][None], alone, atol=1e-12)
+        x = torch.cat(texts, 1)
+        assert torch.allclose(layer(x, None, Context(positions, documents=documents)), alone, atol=1e-12)
+        assert torch.allclose(in_pieces(layer, x, [9, 3, 7], None, documents, positions)[0], alone, atol=1e-12)
+        steps = in_pieces(layer, x, [1] * 19, None, documents, positions)[0]
+        so_far = [layer(text[:, : i + 1])[:, -1:] for text in texts for i in range(text.shape[1])]
+        assert torch.allclose(steps, torch.cat(so_far, 1), atol=1e-12)
+
+
+@pytest.mark.parametrize(("given", "taken"), [(None, None), (None, 4), (4, 4), (4, None), (8, 4), (4, 8)])
+def test_windows_of_layers_that_share_keys(given, taken):
+    options = {"num_heads": 4, "num_kv_heads": 2, "rope_theta": 1e4}
+    layers = Attention(32, **options, window=given, kv_name="a"), Attention(32, **options, window=taken, kv_from="a")
+    x = torch.randn(2, 11, 32, **double)
+
+    def run(sizes):
+        states, out = ({}, {}), []
+        for part in x.split(sizes, 1):
+            context = Context()
+            y = [layer.double()(part, state, context) for layer, state in zip(layers, states, strict=True)]
+            out.append(y[1])
+        return torch.cat(out, 1)
+
+    if given not in (None, taken):
+        with pytest.raises(ConfigError, match=f"window is {taken} in a layer with kv_from='a', and {given} in the"):
+            run([11])
+        return
+    for sizes in ([1] * 11, [6, 1, 4]):
+        assert torch.allclose(run(sizes), run([11]), atol=1e-12)
+
+
+def test_layers_that_share_keys_have_as_many_heads_of_them():
+    context = Context()
+    Attention(32, num_heads=4, num_kv_heads=2, kv_name="a")(torch.randn(1, 3, 32), None, context)
+    with pytest.raises(ConfigError, match="num_kv_heads is 4 in a layer with kv_from='a', and 2 in the layer that"):
+        Attention(32, num_heads=4, kv_from="a")(torch.randn(1, 3, 32), None, context)
 
 
 def test_layers_that_share_keys_and_values():
@@ -490,6 +583,10 @@ def test_pooling_heads():
                 p.data.unflatten(0, (2, 2, 8))[:, :1].expand_as(p.data.unflatten(0, (2, 2, 8))).reshape(p.shape).clone()
             )
     assert torch.allclose(to_grouped(layer, 2)(x), layer(x), atol=1e-6)
+    layer.v_proj.requires_grad_(False)
+    grouped = to_grouped(layer, 2)
+    assert grouped.k_proj.bias.no_weight_decay
+    assert [p.requires_grad for p in grouped.parameters()] == [p.requires_grad for p in layer.parameters()]
     with pytest.raises(ConfigError, match="4 key/value heads don't pool into 3"):
         to_grouped(layer, 3)
     assert layer.num_kv_heads == 4
@@ -528,8 +625,30 @@ def test_largest_logits_are_the_visible_ones():
         (lambda: Attention(30, num_heads=4), "d_model = 30 doesn't divide into num_heads = 4"),
         (lambda: Attention(32, num_heads=0), "num_heads is 0"),
         (lambda: Attention(32, num_heads=4, num_kv_heads=3), "num_heads = 4 must be a multiple of num_kv_heads = 3"),
-        (lambda: Attention(32, num_heads=4, num_kv_heads=0), "num_kv_heads = 0"),
+        (lambda: Attention(32, num_heads=4, num_kv_heads=0), "num_kv_heads is 0"),
         (lambda: Attention(32, num_heads=4, window=0), "window is 0"),
+        *[
+            (lambda name=name, value=value: Attention(32, **{"num_heads": 4, "rope_theta": 1e4, name: value}),
+             f"{name} is {value}, and must be")
+            for name, value in [
+                ("window", 2.5), ("window", True), ("num_heads", True), ("num_kv_heads", True),
+                ("head_dim", 0), ("head_dim", -8), ("rope_dim", 0), ("d_out", 0), ("softcap", 0.0),
+                ("softcap", math.nan), ("scale", math.nan), ("clip_qkv", 0.0), ("clip_qkv", -1.0),
+            ]
+        ],
+        (lambda: CrossAttention(32, num_heads=4, d_memory=0), "d_memory is 0, and must be"),
+        (lambda: Attention(32, num_heads=4, bias=("q_porj",)), "bias is .'q_porj',.; give True, False or a"),
+        (lambda: Attention(32, num_heads=4, bias="q_proj"), "bias is 'q_proj'"),
+        (lambda: Attention(32, num_heads=4, bias=1), "bias is 1; give True, False"),
+        (lambda: Attention(32, num_heads=4, qk_norm_after_rope=True), "qk_norm is None"),
+        (lambda: Attention(32, num_heads=4, qk_norm=RMSNorm, qk_norm_over="width", qk_norm_after_rope=True), "'width'"),
+        (lambda: to_grouped(Attention(32, num_heads=4, kv_from="a"), 2), "kv_from is 'a'"),
+        *[
+            (lambda at=at, scaling=scaling: Attention(32, num_heads=4, rope_theta=1e4, rope_scaling=scaling)(
+                torch.randn(1, 3, 32), None, Context(torch.tensor(at))), message)
+            for at, message in [([-1, 0, 1], "a position is -1"), ([0, 1], "2 positions for 3 new tokens")]
+            for scaling in (None, LONGROPE)
+        ],
         (lambda: Attention(32, num_heads=4, rope_theta=1e4, rope_dim=5), "even"),
         (lambda: Attention(28, num_heads=4, rope_theta=1e4), "even"),
         (lambda: Attention(32, num_heads=4, rope_theta=1e4, rope_dim=10), "rope_dim = 10 is wider than head_dim = 8"),

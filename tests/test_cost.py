@@ -1,16 +1,20 @@
 """Counting, against torch's own FLOP counter on real tensors, allocated bytes, and published counts and tables."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmlib import cost, presets
-from llmlib.attention import Attention
+from llmlib.attention import Attention, CrossAttention
 from llmlib.errors import ConfigError
 from llmlib.ffn import SwiGLU
+from llmlib.hybrid import SharedBlock, WithSharedBlock
 from llmlib.model import CausalLM, Layer, ModelConfig, spec
 from llmlib.norm import RMSNorm
 from llmlib.ops import kernels
+from llmlib.position import LearnedPosition
 
 ATTENTION = spec(Attention, num_heads=8, num_kv_heads=2, rope_theta=1e4)
 
@@ -66,21 +70,67 @@ def test_flops_behind_a_cache_equal_torchs_counter():
     assert cost.flops(config, 1, 33).total == theirs.get_total_flops()
 
 
-def test_masked_pairs_are_counted_one_by_one():
-    from llmlib.attention import visible
+@pytest.mark.parametrize("causal", [True, False])
+def test_masked_pairs_are_counted_one_by_one(causal):
+    for t, s, window in itertools.product(range(1, 7), range(1, 7), (None, 1, 2, 3, 5, 9)):
+        pairs = [
+            (i, j) for i, j in itertools.product(range(s - t, s), range(s))
+            if (not causal or j <= i) and (window is None or abs(i - j) < window)
+        ]  # fmt: skip
+        if not causal or s >= t:
+            assert cost.visible_pairs(t, s, causal, window) == len(pairs), (t, s, window)
 
-    for t, s, causal, window in [
-        (5, 5, True, None),
-        (3, 9, True, 4),
-        (6, 6, False, 3),
-        (1, 9, True, 2),
-        (4, 4, True, 9),
-    ]:
-        mask = visible(t, s, causal, window)
-        expected = t * s if mask is None else int(mask.sum())
-        if t == 1 and window is not None:
-            expected = min(s, window)
-        assert cost.visible_pairs(t, s, causal, window) == expected, (t, s, causal, window)
+
+def given_and_taken(**options):
+    giver, taker = (ATTENTION.replace(**options, **{name: "a"}) for name in ("kv_name", "kv_from"))
+    return small(giver, taker, ATTENTION, taker)
+
+
+def one_block_for_all():
+    """Zamba2's: the first layer holds a block that the others find in what the layers of a pass share."""
+    inner = spec(Attention, num_heads=8, d_out=64)
+    block = spec(SharedBlock, attention=inner, norm=spec(RMSNorm), d_ff=96)
+    use = spec(WithSharedBlock, name="b", mixer=ATTENTION, norm=spec(RMSNorm))
+    return small(use.replace(block=block), use, use)
+
+
+@pytest.mark.parametrize("config", [given_and_taken(), given_and_taken(window=6), one_block_for_all()])
+def test_what_layers_share_is_there_when_they_are_counted(config):
+    model = CausalLM(config)
+    for cached, time in ((0, 9), (9, 1), (9, 4)):
+        state = model.new_state(reserve=cached + time)
+        with torch.no_grad():
+            if cached:
+                model(torch.zeros(1, cached, dtype=torch.long), state)
+            with FlopCounterMode(display=False) as theirs, kernels("reference"):
+                model(torch.zeros(1, time, dtype=torch.long), state)
+        assert cost.flops(config, time, cached, masked=False).total == theirs.get_total_flops()
+        assert cost.cache(config, cached + time, dtype=torch.float32) == cost.state_bytes(state)
+    assert cost.decode(config, 9).bytes < cost.prefill(config, 9).bytes
+
+
+@pytest.mark.parametrize("d_memory", [None, 48])
+def test_cross_attention_is_counted(d_memory):
+    cross = spec(CrossAttention, num_heads=4, num_kv_heads=2, d_memory=d_memory, gate="head", qk_norm=spec(RMSNorm))
+    plain = small()
+    config = small().replace(layers=tuple(Layer(x.mixer, x.ffn, cross=cross) for x in plain.layers))
+    model, memory = CausalLM(config), torch.randn(1, 7, d_memory or 64)
+    for cached, time in ((0, 9), (9, 1)):
+        state = model.new_state(reserve=cached + time)
+        with torch.no_grad():
+            if cached:
+                model(torch.zeros(1, cached, dtype=torch.long), state, memory=memory)
+            with FlopCounterMode(display=False) as theirs, kernels("reference"):
+                model(torch.zeros(1, time, dtype=torch.long), state, memory=memory)
+        assert cost.flops(config, time, cached, masked=False, memory=7).total == theirs.get_total_flops()
+        assert cost.cache(config, cached + time, dtype=torch.float32, memory=7) == cost.state_bytes(state)
+    full = cost.flops(config, 9, memory=7).mixer - cost.flops(plain, 9).mixer
+    assert full == cost.flops(config, 9, masked=False, memory=7).mixer - cost.flops(plain, 9, masked=False).mixer
+    maps = 2 * (2 * (d_memory or 64) * 2 * 16 + 16)  # of both layers: k_proj, v_proj and the norm on keys
+    assert cost.parameters(config).total - maps - 101 * 64 + 64 == cost.decode(config, 9, memory=7).weight_bytes / 2
+    for count in (cost.flops, cost.cache, cost.prefill, cost.decode, cost.memory, cost.cache_per_token):
+        with pytest.raises(ConfigError, match="memory is 0, and layers of this model read one"):
+            count(config, 9)
 
 
 def test_palms_formula():
@@ -137,6 +187,18 @@ def test_decoding_reads_each_weight_once_and_every_cache():
     assert one.intensity < 1 < many.intensity < cost.prefill(config, 2048).intensity
     assert one.seconds(1e15, 1e12) == one.bytes / 1e12
     assert one.seconds(1e9, 1e12) == one.flops / 1e9
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_of_tables_the_rows_used_are_read(tied):
+    """A head is read whole; of an embedding that isn't it, and of learned positions, a row for each token or place."""
+    config = small(tie_embeddings=tied, position=spec(LearnedPosition, max_positions=50))
+    parts = cost.parameters(config)
+    rest = parts.total - parts.embedding + tied * 101 * 64
+    assert cost.decode(config, 9).weight_bytes / 2 == rest + (not tied) * 64 + 64
+    assert cost.decode(config, 9, batch=3).weight_bytes / 2 == rest + (not tied) * 3 * 64 + 64
+    assert cost.prefill(config, 9, batch=3).weight_bytes / 2 == rest + (not tied) * 27 * 64 + 9 * 64
+    assert cost.prefill(config, 40, batch=3).weight_bytes / 2 == rest + (not tied) * 101 * 64 + 40 * 64
 
 
 def test_memory_to_train_is_sixteen_bytes_a_parameter_in_bfloat16():

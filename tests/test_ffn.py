@@ -122,6 +122,8 @@ def test_initial_weights_and_their_decay():
         (lambda: MLP(4, d_ff=8, activation="gelo"), "'gelo'; choose one of relu"),
         (lambda: GLU(4, d_ff=8, activation="gelo"), "'gelo'; choose one of relu"),
         (lambda: MLP(4, d_ff=0), "d_ff is 0"),
+        (lambda: glu_width(64, multiple_of=0), "multiple_of is 0"),
+        (lambda: glu_width(64, multiple_of=-8), "multiple_of is -8"),
         (lambda: SwiGLU(4, d_ff=0), "d_ff is 0"),
         (lambda: ClampedSwiGLU(4, d_ff=8, limit=0.0), "limit is 0"),
     ],

@@ -122,6 +122,26 @@ def test_frequencies_that_grow_with_the_text():
         assert not torch.allclose(layer(x)[:, :6], layer(x[:, :6]), atol=1e-4)
 
 
+def test_each_text_and_each_document_has_frequencies_of_its_own():
+    layer, texts = make(rope_scaling=LONGROPE), [torch.randn(1, n, 48, **double) for n in (9, 3, 7)]
+    alone = torch.cat([layer(text) for text in texts], 1)
+    valid = torch.arange(9) >= 9 - torch.tensor([[9], [3], [7]])
+    batch = torch.cat([torch.cat([torch.randn(1, 9 - x.shape[1], 48, **double), x], 1) for x in texts])
+    documents, positions = torch.tensor([[5] * 9 + [2] * 3 + [8] * 7]), torch.cat([torch.arange(n) for n in (9, 3, 7)])
+    with torch.no_grad():
+        y = layer(batch, None, Context((valid.long().cumsum(1) - 1).clamp(min=0), valid))
+        assert torch.allclose(y[valid][None], alone, atol=1e-12)
+        y = layer(torch.cat(texts, 1), None, Context(positions, documents=documents))
+        assert torch.allclose(y, alone, atol=1e-12)
+
+
+@pytest.mark.parametrize("scaling", [None, LONGROPE])
+def test_impossible_positions_are_named(scaling):
+    for at, message in (([-1, 0], "a position is -1"), ([0, 1, 2], "3 positions for 2 new tokens")):
+        with pytest.raises(ConfigError, match=message):
+            make(rope_scaling=scaling)(torch.randn(1, 2, 48, **double), None, Context(torch.tensor(at)))
+
+
 def test_causality_by_gradient():
     layer, x = make(), torch.randn(1, 9, 48, requires_grad=True, **double)
     for layer.absorb in (True, False):
@@ -171,6 +191,9 @@ def test_qk_clip_brings_each_head_to_the_limit():
         ({"kv_latent_dim": 0}, "kv_latent_dim is 0"),
         ({"q_latent_dim": 0}, "q_latent_dim is 0"),
         ({"num_heads": 0}, "num_heads is 0"),
+        ({"v_head_dim": 0}, "v_head_dim is 0"),
+        ({"d_rope": -2}, "d_rope is -2"),
+        ({"scale": float("nan")}, "scale is nan"),
         ({"cache": "int4"}, "cache is 'int4'"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "0.5, and must be at least 1"),
     ],

@@ -97,6 +97,9 @@ def zoo():
     yield small(2 * (Layer(ATTENTION.replace(qk_norm=spec(RMSNorm, eps=1e-4)), FFN, parallel=True, parallel_norms=2),))
     yield small(position=spec(LearnedPosition, max_positions=64), embedding_norm=norm, max_seq_len=64, final_norm=False)
     yield small((Layer(ATTENTION, FFN, shared="a"), Layer(ATTENTION, FFN), Layer(ATTENTION, FFN, shared="a")))
+    longrope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 64, "factor": 2.0}  # fmt: skip
+    yield small(2 * (Layer(ATTENTION.replace(rope_scaling=longrope), FFN),))
 
 
 ZOO = list(zoo())
@@ -270,6 +273,29 @@ def test_packed_documents_do_not_see_each_other(config):
     documents = torch.tensor([[0] * 5 + [1] * 8])
     packed = model(torch.cat([one, two], 1), documents=documents)
     torch.testing.assert_close(packed, torch.cat([model(one), model(two)], 1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("position", [None, spec(LearnedPosition, max_positions=64)])
+def test_packed_documents_behind_padding(position):
+    model = build(small(position=position))
+    one, two, pad = tokens(1, 5, seed=2), tokens(1, 8, seed=3), torch.zeros(1, 3, dtype=torch.long)
+    want = torch.cat([model(one), model(two)], 1)
+    for documents in ([0] * 8 + [1] * 8, [9] * 3 + [0] * 5 + [1] * 8):  # padding as part of the first, or by itself
+        options = {"valid": torch.arange(16)[None] >= 3, "documents": torch.tensor([documents])}
+        packed = model(torch.cat([pad, one, two], 1), **options)
+        torch.testing.assert_close(packed[:, 3:], want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_seed_fixes_every_weight():
+    """Whatever the layers' addresses in memory, by which a set would order them."""
+    models, kept = [], []
+    for _ in range(4):
+        torch.manual_seed(7)
+        models.append(CausalLM(small(6 * (Layer(ATTENTION, FFN),), init_std=0.05)))
+        kept.append(torch.empty(len(kept) * 1000))  # moves what is allocated next
+    for model in models[1:]:
+        for a, b in zip(models[0].parameters(), model.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_residual_init_shrinks_what_writes_to_the_stream():

@@ -98,6 +98,15 @@ def test_the_closed_form_has_derivatives_of_any_order():
     assert torch.allclose(jacobian, torch.func.jacrev(lambda x: rms_norm.reference(x, w, eps=1e-3))(x))
 
 
+def test_the_closed_form_on_one_long_vector():
+    """No axes before the last one: the gain's gradient is a sum over a single row."""
+    x, w = (torch.randn(2**15, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    with kernels("closed-form"):
+        got = torch.autograd.grad(rms_norm(x, w).square().sum(), (x, w))
+    want = torch.autograd.grad(rms_norm.reference(x, w).square().sum(), (x, w))
+    assert all(torch.allclose(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_dyt_is_its_formula_and_starts_at_tanh():
     norm, x = DyT(8, alpha=0.7), torch.randn(3, 8)
     assert torch.allclose(norm(x), torch.tanh(0.7 * x))
@@ -106,7 +115,10 @@ def test_dyt_is_its_formula_and_starts_at_tanh():
     assert torch.allclose(norm(x), norm.weight * torch.tanh(norm.alpha * x) + norm.bias)
 
 
-@pytest.mark.parametrize("norm", [RMSNorm(12), RMSNorm(12, unit_offset=True), LayerNorm(12), RMSNorm(12, weight=False)])
+@pytest.mark.parametrize(
+    "norm",
+    [RMSNorm(12), RMSNorm(12, unit_offset=True), LayerNorm(12), RMSNorm(12, weight=False), LayerNorm(12, weight=False)],
+)
 def test_a_folded_gain_changes_nothing(norm):
     x, linears = torch.randn(4, 12), [nn.Linear(12, 5), nn.Linear(12, 7, bias=True)]
     for p in norm.parameters():
@@ -121,10 +133,19 @@ def test_a_folded_gain_changes_nothing(norm):
 def test_folding_a_bias_needs_somewhere_to_put_it():
     norm = LayerNorm(4)
     nn.init.ones_(norm.bias)
+    nn.init.constant_(norm.weight, 3.0)
+    roomy, bare = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+    before = [p.clone() for p in (*norm.parameters(), *roomy.parameters(), *bare.parameters())]
     with pytest.raises(ConfigError, match="has none"):
-        fold_gain_(norm, [nn.Linear(4, 4, bias=False)])
+        fold_gain_(norm, [roomy, bare])
+    for p, old in zip((*norm.parameters(), *roomy.parameters(), *bare.parameters()), before, strict=True):
+        assert torch.equal(p, old)  # nothing is half folded
+    with pytest.raises(ConfigError, match="weight=False leaves it out"):
+        RMSNorm(4, weight=False, unit_offset=True)
     with pytest.raises(ConfigError, match="num_layers is 0"):
         deepnorm(0)
+    with pytest.raises(ConfigError, match="decoder_layers is 0"):
+        deepnorm_encoder(4, 0)
 
 
 def test_deepnorm_constants():
@@ -134,6 +155,9 @@ def test_deepnorm_constants():
     assert deepnorm(27, encoder_layers=9) == (3.0, pytest.approx(324**-0.25))
     assert deepnorm_encoder(1, 1) == (0.81, 0.87)
     assert deepnorm_encoder(16, 16) == (pytest.approx(0.81 * 2**1.25), pytest.approx(0.87 / 2**1.25))
+    # N⁴M: the encoder's own N = 16 layers weigh four times as much as the decoder's M = 1
+    assert deepnorm_encoder(16, 1) == (pytest.approx(0.81 * 2), pytest.approx(0.87 / 2))
+    assert deepnorm_encoder(1, 2**16) == (pytest.approx(0.81 * 2), pytest.approx(0.87 / 2))
 
 
 def test_gains_are_free_of_weight_decay():

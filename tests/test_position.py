@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlib.context import Context
+from llmlib.context import Context, positions_in_text
 from llmlib.errors import ConfigError
 from llmlib.position import (
     SCALINGS,
@@ -96,6 +96,8 @@ def test_rope_equals_transformers(kind):
         ("yarn", YARN | {"truncate": False}, None),
         ("yarn", YARN | {"factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 16.0}, None),
         ("yarn", YARN | {"attention_factor": 1.3}, None),
+        # slow pairs beyond the last: the ramp's end, pair 16 by its formula, is held at 15
+        ("yarn", YARN | {"theta": 20.0, "original_max_position_embeddings": 2000}, None),
         ("longrope", LONG, 64),
         ("longrope", LONG, 65),
         ("llama3", LLAMA3, None),
@@ -105,10 +107,12 @@ def test_scalings_equal_transformers(kind, options, length):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = {"rope_type": kind, "rope_theta": 5000.0, **options}
+    theta = options.get("theta", 5000.0)
+    options = {name: value for name, value in options.items() if name != "theta"}
+    parameters = {"rope_type": kind, "rope_theta": theta, **options}
     config = LlamaConfig(hidden_size=32, num_attention_heads=2, max_position_embeddings=64, rope_parameters=parameters)
     want, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
-    got, scale = RoPE(16, 5000.0, {"type": kind, **options}).frequencies(length or 1)
+    got, scale = RoPE(16, theta, {"type": kind, **options}).frequencies(length or 1)
     assert torch.allclose(got.float(), want, rtol=1e-5)
     assert scale == pytest.approx(factor)
 
@@ -188,6 +192,16 @@ def test_alibi_equals_transformers(num_heads):
     assert torch.equal(rounded[:, 0], falcon(ones, num_heads, torch.float32)[:, 0] * 0.5)
 
 
+def test_falcons_rounded_alibi_behind_padding_equals_transformers():
+    """slope · j in bfloat16 isn't the same up to a constant from another start, so the place behind padding counts."""
+    from transformers.models.falcon.modeling_falcon import build_alibi_tensor
+
+    valid = torch.arange(400) >= torch.tensor([[0], [57], [399]])
+    at = positions_in_text(valid, None)
+    want = build_alibi_tensor(valid.long(), 6, torch.float32).view(3, 6, 1, 400)
+    assert torch.equal(ALiBi(6, bfloat16=True)(at, at), want)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_t5_buckets_equal_transformers(causal):
     from transformers.models.t5.modeling_t5 import T5Attention
@@ -239,6 +253,18 @@ def test_learned_positions_add_their_row():
             (lambda kind=kind, o=o: RoPE(16, scaling={"type": kind, **o, "factor": 0.5}), "0.5, and must be at least 1")
             for kind, o in OPTIONS.items()
         ],
+        (lambda: RoPE(2, scaling={"type": "ntk", "factor": 2.0}), "width of 2 is one pair"),
+        (lambda: RoPE(2, scaling={"type": "dynamic", **YARN}), "width of 2 is one pair"),
+        (lambda: RoPE(8, 1.0, {"type": "yarn", **YARN}), "rope_theta is 1.0"),
+        (lambda: RoPE(8, scaling={"type": "yarn", **YARN, "beta_slow": 0.0}), "beta_slow is 0.0"),
+        *[
+            (lambda kind=kind, at=at: RoPE(16, scaling={
+                "type": kind, **OPTIONS[kind], "original_max_position_embeddings": at}),
+             f"original_max_position_embeddings is {at}, and must be above")
+            for kind, at in [("dynamic", 0), ("yarn", 0), ("llama3", 0), ("longrope", 0), ("longrope", 1)]
+        ],
+        (lambda: RoPE(16, scaling={"type": "longrope", **LONG, "long_factor": [1.0] * 7 + [0.0]}), "has 0.0 in it"),
+        (lambda: RoPE(16, scaling={"type": "longrope", **LONG, "short_factor": [-2.0] + [1.0] * 7}), "has -2.0 in it"),
         (lambda: RoPE(8, scaling={"type": "longrope", **LONG}), "short_factor has 8 numbers, and 4 pairs"),
         (lambda: RoPE(8, scaling={"type": "llama3", **LLAMA3, "high_freq_factor": 1.0}), "high_freq_factor"),
         (lambda: RoPE(8)(0, torch.zeros(1, 1, 2, 8), Context(positions=torch.tensor([-1, 0]))), "a position is -1"),
@@ -248,6 +274,10 @@ def test_learned_positions_add_their_row():
         (lambda: SinusoidalPosition(5), "even"),
         (lambda: alibi_slopes(0), "num_heads is 0"),
         (lambda: T5Bias(2, num_buckets=30), "multiple of 4"),
+        (lambda: T5Bias(2, num_buckets=0), "num_buckets is 0"),
+        (lambda: T5Bias(0), "num_heads is 0"),
+        (lambda: LearnedPosition(4, max_positions=0), "max_positions is 0"),
+        (lambda: LearnedPosition(4, max_positions=4, offset=-1), "offset is -1"),
         (lambda: T5Bias(2, max_distance=16), "max_distance = 16"),
         (lambda: half_from_interleaved(torch.zeros(10, 2), 3), "10 rows don't divide into 3 heads"),
         (lambda: half_from_interleaved(torch.zeros(12, 2), 3, rope_dim=3), "rope_dim = 3"),

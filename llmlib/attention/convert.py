@@ -19,6 +19,7 @@ def to_grouped(attention: Attention, num_kv_heads: int) -> Attention:
     Ainslie et al., arXiv:2305.13245, section 2.1. ConfigError when the heads don't divide.
     """
     g = attention.num_kv_heads
+    require(attention.kv_from is None, f"this layer has no keys of its own: kv_from is {attention.kv_from!r}")
     require(1 <= num_kv_heads <= g and g % num_kv_heads == 0, f"{g} key/value heads don't pool into {num_kv_heads}")
     require(
         attention.k_norm is None or attention.qk_norm_over == "head", "norms with gains for each head can't be pooled"
@@ -32,6 +33,7 @@ def to_grouped(attention: Attention, num_kv_heads: int) -> Attention:
         for to, value in zip(new.parameters(), old.parameters(), strict=True):
             heads = value.unflatten(0, (num_kv_heads, g // num_kv_heads, attention.head_dim))
             to.copy_(heads.mean(1).flatten(0, 1))
+            to.requires_grad_(value.requires_grad).__dict__.update(value.__dict__)  # no_weight_decay, for one
     return pooled
 
 

@@ -73,7 +73,7 @@ def visible(
     t: int, s: int, causal: bool, window: int | None, device: torch.device | None = None
 ) -> Bool[Tensor, "t s"] | None:
     """Which of s keys each of t queries may see, the last query standing at the last key; None when all."""
-    if (not causal or t == 1) and (window is None or window >= s):
+    if (not causal or t == 1) and (window is None or window >= max(t, s)):
         return None
     distance = torch.arange(s - t, s, device=device)[:, None] - torch.arange(s, device=device)
     allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
@@ -135,9 +135,11 @@ def banded(q, k, v, *, causal=True, window=None, mask=None, bias=None, sinks=Non
     return torch.cat([first, y[:, :, : t - back]], dim=2)
 
 
-def _sdpa_why_not(q, k, v, *, softcap=None, sinks=None, **_) -> str | None:
+def _sdpa_why_not(q, k, v, *, softcap=None, sinks=None, scale=None, **_) -> str | None:
     if softcap is not None:
         return "it can't cap the scores (softcap)"
+    if scale is not None and scale <= 0:
+        return f"its causal kernel multiplies −∞ by the scale, and that is {scale}"
     return "it has no sinks" if sinks is not None else None
 
 
@@ -156,7 +158,7 @@ def _sdpa(q, k, v, *, causal=True, window=None, mask=None, bias=None, sinks=None
         v = F.pad(v, (0, q.shape[-1] - e))
     if t == 1 and g < h:  # one query: the heads of a group become rows, and no key is repeated
         if allowed is not None and allowed.ndim == 4 and allowed.shape[1] > 1:
-            allowed = allowed.reshape(allowed.shape[0], g, h // g, s)
+            allowed = allowed.reshape(allowed.shape[0], g, h // g, allowed.shape[-1])
         y = F.scaled_dot_product_attention(q.reshape(-1, g, h // g, q.shape[-1]), k, v, allowed, scale=scale)
         return y.reshape(q.shape[0], h, 1, -1)[..., :e]
     if g < h and allowed is not None and q.is_cuda:  # no CUDA kernel takes both a mask and grouped heads

@@ -1,5 +1,6 @@
 """Attention as a mixer: projections around the op, rotary positions, and a cache in the layer's state."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -8,10 +9,12 @@ from torch import Tensor, nn
 
 from llmlib.attention.cache import CACHES, make_cache, tokens_seen
 from llmlib.attention.functional import attention, both
-from llmlib.context import Context
-from llmlib.errors import require
+from llmlib.context import Context, positions_in_text
+from llmlib.errors import require, require_counts, require_positive
 from llmlib.norm import at_least_float32, init_linears_, undecayed
-from llmlib.position import RoPE, rope
+from llmlib.position import RoPE, given_positions, rope
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class Attention(nn.Module):
@@ -69,15 +72,21 @@ class Attention(nn.Module):
     ):
         super().__init__()
         check_heads(d_model, num_heads, num_kv_heads, head_dim)
-        require(window is None or window >= 1, f"window is {window}, and a query sees at least itself")
+        require_counts(window=window, d_out=d_out)
+        require_positive(softcap=softcap, clip_qkv=clip_qkv)
+        require(scale is None or math.isfinite(scale), f"scale is {scale}, and must be finite")
         require(cache in CACHES, f"cache is {cache!r}; choose one of {', '.join(CACHES)}")
         require(gate in (None, "elementwise", "head"), f"gate is {gate!r}; choose 'elementwise', 'head' or None")
         require(
             qk_norm_over in ("head", "each", "width"),
             f"qk_norm_over is {qk_norm_over!r}; choose 'head', 'each' or 'width'",
         )
+        require(
+            not qk_norm_after_rope or (qk_norm is not None and qk_norm_over != "width"),
+            f"qk_norm_after_rope needs a qk_norm over single heads: qk_norm is {qk_norm}, over {qk_norm_over!r}",
+        )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        self.head_dim = head_dim or d_model // num_heads
+        self.head_dim = d_model // num_heads if head_dim is None else head_dim
         self.causal, self.window, self.softcap, self.scale = causal, window, softcap, scale
         self.qk_norm_over, self.qk_norm_after_rope, self.clip_qkv = qk_norm_over, qk_norm_after_rope, clip_qkv
         self.kv_name, self.kv_from, self.gate = kv_name, kv_from, gate
@@ -91,14 +100,14 @@ class Attention(nn.Module):
         self.cache = make_cache(window if causal else None, cache)
 
         q_width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        has_bias = {
-            name: bias if isinstance(bias, bool) else name in bias for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        }
+        has_bias = which_biases(bias)
         self.q_proj = nn.Linear(d_model, q_width, bias=has_bias["q_proj"])
         if kv_from is None:
             self.k_proj = nn.Linear(self._key_source(d_model), kv_width, bias=has_bias["k_proj"])
             self.v_proj = nn.Linear(self._key_source(d_model), kv_width, bias=has_bias["v_proj"])
-        self.o_proj = nn.Linear(q_width, d_out or d_model, bias=has_bias["o_proj"] if out_bias is None else out_bias)
+        self.o_proj = nn.Linear(
+            q_width, d_model if d_out is None else d_out, bias=has_bias["o_proj"] if out_bias is None else out_bias
+        )
         self.gate_proj = gate and nn.Linear(d_model, q_width if gate == "elementwise" else num_heads, bias=False)
         self.q_norm = qk_norm and self._make_norm(qk_norm, num_heads)
         self.k_norm = qk_norm and kv_from is None and self._make_norm(qk_norm, self.num_kv_heads) or None
@@ -135,8 +144,8 @@ class Attention(nn.Module):
     def _attend(self, q, k, v, index: Tensor | None, start: int, context: Context) -> Float[Tensor, "b h t d"]:
         return attention(
             q, k, v, causal=self.causal and index is None, window=self.window if index is None else None,
-            mask=context_mask(context, index, start, q.shape[2], k.shape[2]), bias=self._bias(index, start, q, k),
-            sinks=self.sinks, softcap=self.softcap, scale=self.scale,
+            mask=context_mask(context, index, start, q.shape[2], k.shape[2]),
+            bias=self._bias(index, start, q, k, context), sinks=self.sinks, softcap=self.softcap, scale=self.scale,
         )  # fmt: skip
 
     def _heads(self, x: Tensor, proj: nn.Linear, norm: nn.Module | None, heads: int) -> Float[Tensor, "b h t d"]:
@@ -164,7 +173,7 @@ class Attention(nn.Module):
             k, v = self.cache.update(state, k=k, v=v)
             index = self.cache.index(start + t, t, k.shape[2], x.device) if self.window is not None and t == 1 else None
         if self.kv_name is not None:
-            context.shared["kv", self.kv_name] = k, v, index
+            context.shared["kv", self.kv_name] = (k, v, index), self.window
         return q, k, v, index
 
     def _turn(self, q: Tensor, k: Tensor | None, start: int, context: Context):
@@ -178,16 +187,16 @@ class Attention(nn.Module):
 
     def _turn_all(self, q, k, v, start: int, state: dict | None, context: Context):
         """Keys are kept unturned where the frequencies depend on the text's length, and all are turned at each call."""
-        b, t, index = q.shape[0], q.shape[2], None
-        at = context.positions
-        at = torch.arange(start, start + t, device=q.device) if at is None else at
-        kept_at, at = at.expand(b, t)[:, None, :, None], at.expand(b, t)
+        t, index = q.shape[2], None
+        at = places_of_new(q, start, context)
+        kept_at = at[:, None, :, None]
         if state is not None:
             k, v, kept_at = self.cache.update(state, k=k, v=v, at=kept_at)
             index = self.cache.index(start + t, t, k.shape[2], q.device) if self.window is not None and t == 1 else None
-        dtype, length = at_least_float32(q.dtype), at[:, -1] + 1
-        q = rope(q, *self.rope.angles(at, dtype, length), interleaved=self.rope_interleaved)
-        k = rope(k, *self.rope.angles(kept_at[:, 0, :, 0], dtype, length), interleaved=self.rope_interleaved)
+        kept_at, dtype = kept_at[:, 0, :, 0], at_least_float32(q.dtype)
+        of_q, of_k = lengths_so_far(kept_at, index, start, t, context)
+        q = rope(q, *self.rope.angles(at, dtype, of_q), interleaved=self.rope_interleaved)
+        k = rope(k, *self.rope.angles(kept_at, dtype, of_k), interleaved=self.rope_interleaved)
         if self.qk_norm_after_rope:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v, index
@@ -198,16 +207,32 @@ class Attention(nn.Module):
             ("kv", self.kv_from) in context.shared,
             f"kv_from={self.kv_from!r}, but no earlier layer of this pass has kv_name={self.kv_from!r}",
         )
+        kept, window = context.shared["kv", self.kv_from]
+        require(
+            window in (None, self.window),
+            f"window is {self.window} in a layer with kv_from={self.kv_from!r}, and {window} in the layer that gives "
+            "the keys: it must give all of them, or have the same window",
+        )
+        heads = kept[0].shape[1]
+        require(
+            heads == self.num_kv_heads,
+            f"num_kv_heads is {self.num_kv_heads} in a layer with kv_from={self.kv_from!r}, and {heads} in the layer "
+            "that gives the keys: they must be equal",
+        )
         if state is not None:
             state["length"] = start + q.shape[2]
-        return self._turn(q, None, start, context)[0], *context.shared["kv", self.kv_from]
+        return self._turn(q, None, start, context)[0], *kept
 
-    def _bias(self, index, start: int, q: Tensor, k: Tensor) -> Float[Tensor, "h t s"] | None:
+    def _bias(self, index, start: int, q: Tensor, k: Tensor, context: Context) -> Float[Tensor, "*b h t s"] | None:
         if self.position_bias is None:
             return None
         length, s = start + q.shape[2], k.shape[2]
-        keys = torch.arange(length - s, length, device=q.device) if index is None else index
-        return self.position_bias(torch.arange(start, length, device=q.device), keys)
+        places = torch.arange(length, device=q.device)
+        moved = context.valid is not None or context.documents is not None
+        if moved and getattr(self.position_bias, "absolute", False):  # padding leaves distances as they are, not places
+            places = positions_in_text(context.valid, context.documents)
+        keys = places[..., length - s :] if index is None else places[..., index]
+        return self.position_bias(places[..., start:], keys)
 
     def queries_keys(self, x: Float[Tensor, "b t d"]) -> tuple[Float[Tensor, "b h t _"], Float[Tensor, "b g t _"]]:
         """The queries and keys of a text, as the scores see them."""
@@ -226,7 +251,8 @@ class CrossAttention(Attention):
                  d_memory: int | None = None, bias: bool | tuple[str, ...] = False, out_bias: bool | None = None,
                  qk_norm: Callable[..., nn.Module] | None = None, softcap: float | None = None,
                  scale: float | None = None, gate: str | None = None):  # fmt: skip
-        self.d_memory = d_memory or d_model
+        require_counts(d_memory=d_memory)
+        self.d_memory = d_model if d_memory is None else d_memory
         super().__init__(
             d_model, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, causal=False, bias=bias,
             out_bias=out_bias, qk_norm=qk_norm, softcap=softcap, scale=scale, gate=gate,
@@ -258,15 +284,24 @@ class CrossAttention(Attention):
 
 def check_heads(d_model: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> None:
     """ConfigError unless the heads divide."""
-    require(num_heads >= 1, f"num_heads is {num_heads}, and must be at least 1")
+    require_counts(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
     require(
         head_dim is not None or d_model % num_heads == 0,
         f"d_model = {d_model} doesn't divide into num_heads = {num_heads}: change one, or give head_dim",
     )
     require(
-        num_kv_heads is None or (num_kv_heads >= 1 and num_heads % num_kv_heads == 0),
+        num_kv_heads is None or num_heads % num_kv_heads == 0,
         f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}",
     )
+
+
+def which_biases(bias) -> dict[str, bool]:
+    """Which of the projections have one: all, none, or those named."""
+    if isinstance(bias, bool):
+        return dict.fromkeys(PROJECTIONS, bias)
+    named = isinstance(bias, tuple | list) and set(bias) <= set(PROJECTIONS)
+    require(named, f"bias is {bias!r}; give True, False or a tuple of names out of {', '.join(PROJECTIONS)}")
+    return {name: name in bias for name in PROJECTIONS}
 
 
 def make_rope(head_dim: int, rope_dim: int | None, theta: float | None, scaling: Mapping | None) -> RoPE | None:
@@ -274,8 +309,9 @@ def make_rope(head_dim: int, rope_dim: int | None, theta: float | None, scaling:
     if theta is None:
         require(scaling is None, "rope_scaling is given without rope_theta, the base that it scales")
         return None
+    require_counts(rope_dim=rope_dim)
     require(rope_dim is None or rope_dim <= head_dim, f"rope_dim = {rope_dim} is wider than head_dim = {head_dim}")
-    return RoPE(rope_dim or head_dim, theta, scaling)
+    return RoPE(head_dim if rope_dim is None else rope_dim, theta, scaling)
 
 
 def context_mask(
@@ -288,6 +324,28 @@ def context_mask(
         return valid
     documents = covering(context.documents, start + t, "documents")
     return both(valid, (documents[:, -t:, None] == documents[:, None, at])[:, None])
+
+
+def places_of_new(q: Float[Tensor, "b h t d"], start: int, context: Context) -> Int[Tensor, "b t"]:
+    """Where each new token stands: as the context says, or after the cached ones."""
+    b, t = q.shape[0], q.shape[2]
+    at = given_positions(context, t)
+    return (torch.arange(start, start + t, device=q.device) if at is None else at).expand(b, t)
+
+
+def lengths_so_far(
+    kept_at: Int[Tensor, "b s"], index: Int[Tensor, "s"] | None, start: int, t: int, context: Context
+) -> tuple[Int[Tensor, "b #t"], Int[Tensor, "b #s"]]:
+    """How long the text is that each new and each kept token belongs to: the whole of it, or its document."""
+    newest = slice(-t, None) if index is None else index.argmax()[None]
+    if context.documents is None:
+        length = kept_at[:, newest][:, -1:] + 1
+        return length, length
+    at = slice(start + t - kept_at.shape[1], None) if index is None else index
+    _, which = covering(context.documents, start + t, "documents")[:, at].unique(return_inverse=True)
+    last = kept_at.new_zeros(len(which), int(which.max()) + 1).scatter_reduce(1, which, kept_at, "amax")
+    lengths = last.gather(1, which) + 1
+    return lengths[:, newest], lengths
 
 
 def covering(known: Tensor, length: int, name: str) -> Int[Tensor, "b s"] | Bool[Tensor, "b s"]:

@@ -1,5 +1,6 @@
 """Multi-head latent attention: keys and values live in one small vector per token (DeepSeek-V2, arXiv:2405.04434)."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 
 from llmlib.attention.cache import CACHES, make_cache, tokens_seen
 from llmlib.attention.functional import attention
-from llmlib.attention.layer import context_mask
+from llmlib.attention.layer import context_mask, lengths_so_far, places_of_new
 from llmlib.context import Context
-from llmlib.errors import require
+from llmlib.errors import require, require_counts
 from llmlib.norm import RMSNorm, at_least_float32, init_linears_
 from llmlib.position import RoPE, rope, yarn_mscale
 
@@ -53,16 +54,13 @@ class MLA(nn.Module):
         cache: str = "float",
     ):
         super().__init__()
-        sizes = {
-            "num_heads": num_heads,
-            "kv_latent_dim": kv_latent_dim,
-            "head_dim": head_dim,
-            "q_latent_dim": q_latent_dim,
-        }
-        for name, size in sizes.items():
-            require(size is None or size >= 1, f"{name} is {size}, and must be at least 1")
+        require_counts(num_heads=num_heads, kv_latent_dim=kv_latent_dim, head_dim=head_dim, q_latent_dim=q_latent_dim)
+        require_counts(v_head_dim=v_head_dim)
+        require_counts(0, d_rope=d_rope)
+        require(scale is None or math.isfinite(scale), f"scale is {scale}, and must be finite")
         require(cache in CACHES, f"cache is {cache!r}; choose one of {', '.join(CACHES)}")
-        self.num_heads, self.head_dim, self.v_head_dim = num_heads, head_dim, v_head_dim or head_dim
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.v_head_dim = head_dim if v_head_dim is None else v_head_dim
         self.kv_latent_dim, self.d_rope, self.absorb = kv_latent_dim, d_rope, absorb
         self.rope = RoPE(d_rope, rope_theta, rope_scaling) if d_rope else None
         self.rope_interleaved = rope_interleaved
@@ -133,15 +131,14 @@ class MLA(nn.Module):
 
     def _turn_all(self, q: Tensor, kept: Tensor, start: int, state: dict | None, context: Context):
         """As `Attention` does: unturned keys are kept where the frequencies depend on the text's length."""
-        at = (
-            torch.arange(start, start + q.shape[2], device=q.device) if context.positions is None else context.positions
-        )
-        at = at.expand(q.shape[0], -1)
-        kept_at, length, dtype = at[:, None, :, None], at[:, -1] + 1, at_least_float32(q.dtype)
+        at = places_of_new(q, start, context)
+        kept_at, dtype = at[:, None, :, None], at_least_float32(q.dtype)
         if state is not None:
             kept, kept_at = self.cache.update(state, latent=kept, at=kept_at)
-        q = self._turn(q, self.head_dim, self.rope.angles(at, dtype, length))
-        return q, self._turn(kept, self.kv_latent_dim, self.rope.angles(kept_at[:, 0, :, 0], dtype, length))
+        kept_at = kept_at[:, 0, :, 0]
+        of_q, of_k = lengths_so_far(kept_at, None, start, q.shape[2], context)
+        q = self._turn(q, self.head_dim, self.rope.angles(at, dtype, of_q))
+        return q, self._turn(kept, self.kv_latent_dim, self.rope.angles(kept_at, dtype, of_k))
 
     def _absorbing_is_cheaper(self, t: int, s: int) -> bool:
         """Multiplications per head and text: expanding s latents against turning t queries and outputs into latents."""

@@ -12,7 +12,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from llmlib.errors import require_at_least_1
+from llmlib.errors import require_counts
 from llmlib.ops import differentiate_again
 from llmlib.ssm.scan import (
     Recurrence,
@@ -259,7 +259,7 @@ def _fits(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, return_s
     require_shapes(letters, x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
     require_time(x)
     require_groups(x.shape[2], B.shape[2])
-    require_at_least_1(ValueError, chunk_size=chunk_size)
+    require_counts(chunk_size=chunk_size)
 
 
 def per_head(h: int, *groups: Float[Tensor, "b t g *n"]) -> list[Float[Tensor, "b t h *n"]]:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from llmlib.context import Context
-from llmlib.errors import require, require_at_least_1, require_range, require_state
+from llmlib.errors import require, require_counts, require_range, require_state
 from llmlib.norm import at_least_float32, init_linears_, rms_norm
 from llmlib.ssm.decode import causal_conv, state_update
 from llmlib.ssm.duality import ssd
@@ -76,7 +76,7 @@ class ShortConv(nn.Conv1d):
     """`causal_conv` with its weights, shaped and initialised as PyTorch's Conv1d, and its history kept in a state."""
 
     def __init__(self, dim: int, width: int, bias: bool = True):
-        require_at_least_1(d_conv=width)
+        require_counts(d_conv=width)
         super().__init__(dim, dim, width, groups=dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "b t d"], state: dict | None) -> Float[Tensor, "b t d"]:
@@ -120,11 +120,11 @@ def require_heads(
     d_model: int, expand: float | None, num_heads: int | None, head_dim: int, n_groups: int, chunk_size: int
 ) -> int:
     """The number of heads, once the sizes of a layer with heads are known to fit together."""
-    require_at_least_1(head_dim=head_dim, n_groups=n_groups, chunk_size=chunk_size)
+    require_counts(head_dim=head_dim, n_groups=n_groups, chunk_size=chunk_size)
     if num_heads is None:
         require(expand is not None, "num_heads and expand are both None: give one, or both")
         num_heads = max(1, round(d_model * expand) // head_dim)
-    require_at_least_1(num_heads=num_heads)
+    require_counts(num_heads=num_heads)
     require(
         expand is None or math.isclose(d_model * expand, num_heads * head_dim),
         f"d_model · expand must equal num_heads · head_dim, but {d_model} · {expand} = {d_model * (expand or 0):g} "
@@ -173,7 +173,7 @@ class Mamba(StateSpaceMixer):
             f"d_model · expand must be whole and at least 1, but {d_model} · {expand} is not",
         )
         self.d_state, self.dt_rank = d_state, math.ceil(d_model / 16) if dt_rank is None else dt_rank
-        require_at_least_1(d_state=d_state, dt_rank=self.dt_rank)
+        require_counts(d_state=d_state, dt_rank=self.dt_rank)
         require_range("dt_range", dt_range)
         self.in_proj = nn.Linear(d_model, 2 * width, bias=bias)
         self.conv1d = ShortConv(width, d_conv, conv_bias)
@@ -257,7 +257,7 @@ class Mamba2(StateSpaceMixer):
     ):
         super().__init__()
         num_heads = require_heads(d_model, expand, num_heads, head_dim, n_groups, chunk_size)
-        require_at_least_1(d_state=d_state)
+        require_counts(d_state=d_state)
         require_range("dt_range", dt_range)
         require_range("A_range", A_range, above_0=False)
         require_range("dt_limit", dt_limit, above_0=False)

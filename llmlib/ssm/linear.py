@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmlib.errors import require, require_at_least_1, require_range
+from llmlib.errors import require, require_counts, require_range
 from llmlib.norm import at_least_float32, init_linears_
 from llmlib.ssm.duality import FORGOTTEN, chunked_recurrence, chunks, segments
 from llmlib.ssm.layers import (
@@ -126,7 +126,7 @@ def linear_attention(
     letters = {"q": "b t h d", "k": "b t h d", "v": "b t h e", "log_decay": "b t h", "initial_state": "b h e d"}
     require_shapes(letters, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     require_time(q)
-    require_at_least_1(ValueError, chunk_size=chunk_size)
+    require_counts(chunk_size=chunk_size)
     w, *qkv, log_decay = (*widen(v), *(u.unsqueeze(3) for u in widen(q, k, v)), log_decay)
     log_decay = w.new_zeros(w.shape[:3]) if log_decay is None else log_decay.to(w.dtype)
     y, state = chunked_recurrence(*qkv, log_decay, chunk_size=chunk_size, state=initial_state)
@@ -197,7 +197,7 @@ def _fits(q, k, v, beta, log_decay, *, chunk_size=64, initial_state=None, return
     }  # fmt: skip
     require_shapes(letters, q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state)
     require_time(q)
-    require_at_least_1(ValueError, chunk_size=chunk_size)
+    require_counts(chunk_size=chunk_size)
 
 
 def gated_delta_recurrent(q, k, v, beta, log_decay):
@@ -236,7 +236,7 @@ class LinearAttention(StateSpaceMixer):
 
     def __init__(self, d_model: int, *, num_heads: int, decay: bool = False, chunk_size: int = 64):
         super().__init__()
-        require_at_least_1(num_heads=num_heads, chunk_size=chunk_size)
+        require_counts(num_heads=num_heads, chunk_size=chunk_size)
         require(
             d_model % num_heads == 0,
             f"d_model must be a multiple of num_heads, and {d_model} is not a multiple of {num_heads}",
@@ -302,7 +302,7 @@ class GatedDeltaNet(StateSpaceMixer):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.num_v_heads = num_heads if num_v_heads is None else num_v_heads
         self.v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        require_at_least_1(
+        require_counts(
             num_heads=num_heads, head_dim=head_dim, num_v_heads=self.num_v_heads, v_head_dim=self.v_head_dim,
             chunk_size=chunk_size,
         )  # fmt: skip

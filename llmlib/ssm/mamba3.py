@@ -8,7 +8,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmlib.errors import require, require_at_least_1, require_range
+from llmlib.errors import require, require_counts, require_range
 from llmlib.norm import RMSNorm, at_least_float32, init_linears_
 from llmlib.position import rope
 from llmlib.ssm.duality import chunked_recurrence, per_head, segments
@@ -111,7 +111,7 @@ def _fits(
         raise ValueError(
             f"angles turn {a} pairs, and B has {n} numbers: it must have an even number, and at least {2 * a}"
         )
-    require_at_least_1(ValueError, chunk_size=chunk_size)
+    require_counts(chunk_size=chunk_size)
 
 
 def _shapes(state) -> str:
@@ -234,7 +234,7 @@ class Mamba3(StateSpaceMixer):
     ):
         super().__init__()
         num_heads = require_heads(d_model, expand, num_heads, head_dim, n_groups, chunk_size)
-        require_at_least_1(d_state=d_state)
+        require_counts(d_state=d_state)
         require_range("dt_range", dt_range)
         require(d_state % 2 == 0, f"d_state is {d_state}, and must be even: its numbers turn in pairs")
         require(0 < rope_fraction <= 1, f"rope_fraction is {rope_fraction}, and must be above 0 and at most 1")

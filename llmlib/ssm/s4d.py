@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float, Inexact
 from torch import Tensor, nn
 
-from llmlib.errors import require, require_at_least_1, require_range
+from llmlib.errors import require, require_counts, require_range
 from llmlib.norm import at_least_float32, init_linears_
 from llmlib.ssm.layers import StateSpaceMixer, held, where_valid
 from llmlib.ssm.scan import without_autocast
@@ -126,7 +126,7 @@ class S4D(StateSpaceMixer):
         super().__init__()
         require(initial in INITIAL, f"initial is {initial!r}; choose one of {', '.join(INITIAL)}")
         require(method in METHODS, f"method is {method!r}; choose one of {', '.join(METHODS)}")
-        require_at_least_1(d_state=d_state)
+        require_counts(d_state=d_state)
         require_range("dt_range", dt_range)
         self.d_state, self.method, self.initial, self.dt_range = d_state, method, initial, dt_range
         self.log_dt = nn.Parameter(torch.empty(d_model))
