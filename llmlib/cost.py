@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmlib.context import Context
 from llmlib.errors import require
 from llmlib.model import CausalLM, ModelConfig
 from llmlib.ops import metered
@@ -152,6 +153,11 @@ def _empty(config: ModelConfig, batch: int, time: int, dtype: torch.dtype = torc
     return torch.empty(batch, time, config.d_model, device="meta", dtype=dtype)
 
 
+def _context(*sizes) -> Context:
+    """What the layers of one pass share: a block of weights in one of them serves others (Zamba2)."""
+    return Context(embeddings=_empty(*sizes))
+
+
 def flops(config: ModelConfig, time: int, cached: int = 0, *, masked: bool = True) -> Parts:
     """FLOPs of one forward pass of `time` new tokens behind `cached` ones, by part.
 
@@ -162,9 +168,10 @@ def flops(config: ModelConfig, time: int, cached: int = 0, *, masked: bool = Tru
         time >= 1 and cached >= 0, f"time is {time} and cached {cached}; there must be a token, and no fewer than 0"
     )
     model, done = skeleton(config), {}
+    before, now = _context(config, 1, cached), _context(config, 1, time)
     for block in model.layers:
         if block.layer not in done:
-            done[block.layer] = _block_flops(block, config, time, cached, masked)
+            done[block.layer] = _block_flops(block, before, now, masked)
     mixer = sum(done[b.layer][0] for b in model.layers)
     ffn = sum(done[b.layer][1] for b in model.layers)
     with Counter() as counter, torch.no_grad():
@@ -173,14 +180,15 @@ def flops(config: ModelConfig, time: int, cached: int = 0, *, masked: bool = Tru
 
 
 @torch.no_grad()
-def _block_flops(block, config, time, cached, masked) -> tuple[int, int]:
-    state, counted = {}, []
-    if block.mixer is not None and cached:
-        block.mixer(_empty(config, 1, cached), state)
-    for part, *args in ((block.mixer, state if cached else None), (block.ffn,)):
+def _block_flops(block, before: Context, now: Context, masked: bool) -> tuple[int, int]:
+    state, counted = None, []
+    if block.mixer is not None and before.embeddings.shape[1]:
+        state = {}
+        block.mixer(before.embeddings, state, before)
+    for part, *args in ((block.mixer, state, now), (block.ffn,)):
         with Counter(masked) as counter:
             if part is not None:
-                part(_empty(config, 1, time), *args)
+                part(now.embeddings, *args)
         counted.append(counter.flops)
     return tuple(counted)
 
@@ -204,11 +212,11 @@ def cache(config: ModelConfig, length: int, batch: int = 1, dtype: torch.dtype =
     """Bytes of keys, values, latents and states after `length` tokens, when room for just so many was reserved."""
     require(length >= 1, f"length is {length}; a cache needs at least one token")
     model = skeleton(config, dtype)
-    state = model.new_state(reserve=length)
+    state, context = model.new_state(reserve=length), _context(config, batch, length, dtype)
     sizes = {}
     for block, kept in zip(model.layers, state, strict=True):
         if block.layer not in sizes and block.mixer is not None:
-            block.mixer(_empty(config, batch, length, dtype), kept)
+            block.mixer(context.embeddings, kept, context)
             sizes[block.layer] = state_bytes([kept])
     return sum(sizes.get(block.layer, 0) for block in model.layers)
 

@@ -8,9 +8,11 @@ from llmlib import cost, presets
 from llmlib.attention import Attention
 from llmlib.errors import ConfigError
 from llmlib.ffn import SwiGLU
+from llmlib.hybrid import Identity, SharedBlock, WithSharedBlock
 from llmlib.model import CausalLM, Layer, ModelConfig, spec
 from llmlib.norm import RMSNorm
 from llmlib.ops import kernels
+from llmlib.ssm import Mamba2
 
 ATTENTION = spec(Attention, num_heads=8, num_kv_heads=2, rope_theta=1e4)
 
@@ -64,6 +66,30 @@ def test_flops_behind_a_cache_equal_torchs_counter():
         with FlopCounterMode(display=False) as theirs, kernels("reference"):
             model(torch.zeros(1, 1, dtype=torch.long), state)
     assert cost.flops(config, 1, 33).total == theirs.get_total_flops()
+
+
+def test_a_shared_block_costs_at_each_use():
+    """Zamba2: the weights stand in one layer, and each layer that uses them computes, and keeps keys, for itself."""
+    norm, scan = spec(RMSNorm), spec(Mamba2, head_dim=16, d_state=8)
+    block = spec(SharedBlock, attention=spec(Attention, num_heads=4, d_out=64), norm=norm, d_ff=96)
+
+    def use(**first):
+        mixer = spec(WithSharedBlock, name="a", mixer=scan, norm=norm, d_ff=96, adapter_rank=4, **first)
+        return Layer(mixer, norm=spec(Identity))
+
+    config = small().replace(layers=(Layer(scan), use(block=block), Layer(scan), use(), use()))
+    model = CausalLM(config)
+    for cached, time in ((0, 7), (33, 1)):
+        state = model.new_state(reserve=cached + time)
+        with torch.no_grad(), kernels("reference"):
+            if cached:
+                model(torch.zeros(1, cached, dtype=torch.long), state)
+            with FlopCounterMode(display=False) as theirs:
+                model(torch.zeros(1, time, dtype=torch.long), state if cached else None)
+            assert cost.flops(config, time, cached, masked=False).total == theirs.get_total_flops()
+    assert cost.cache(config, 34, dtype=torch.float32) == cost.state_bytes(state)
+    # keys and values, two bytes each, twice as wide as the model, at each of the six uses
+    assert cost.cache_per_token(presets.get("zamba2-1.2b")) == 2 * 2 * (2 * 2048) * 6
 
 
 def test_masked_pairs_are_counted_one_by_one():
