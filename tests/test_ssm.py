@@ -362,10 +362,10 @@ def test_long_sums_do_not_drift():
         torch.testing.assert_close(y.double(), ssm.ssd_recurrent(*args), rtol=1e-4, atol=1e-4)
 
 
-SCANS = pytest.mark.parametrize("scan", [ssm.associative_scan, ssm.associative_scan_work_efficient])
+associative = pytest.mark.parametrize("scan", [ssm.associative_scan, ssm.associative_scan_work_efficient])
 
 
-@SCANS
+@associative
 @given(st.integers(1, 70), st.booleans(), st.booleans())
 @settings(deadline=None, max_examples=40)
 def test_associative_scans_are_the_loop(scan, t, starts, turns):
@@ -384,7 +384,7 @@ def test_associative_scans_are_the_loop(scan, t, starts, turns):
     torch.testing.assert_close(*grads)
 
 
-@SCANS
+@associative
 def test_associative_scans_carry_a_state_from_piece_to_piece(scan):
     a, u = torch.rand(2, 19, 3, dtype=torch.float64), torch.randn(2, 19, 3, dtype=torch.float64)
     head = scan(a[:, :8], u[:, :8])
