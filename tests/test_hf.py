@@ -214,6 +214,7 @@ MISFITS = [
     ("mixtral", {"num_experts_per_tok": 9}, "top_k is 9"),
     ("zamba2", {"mamba_expand": 3}, "d_model · expand must equal"),
     ("qwen2-windows", {"sliding_window": 0}, "window is 0"),
+    ("mamba2", {"time_step_limit": [0.5]}, "wrong type or size"),
 ]
 
 

@@ -171,6 +171,23 @@ def _rope_parameters(c: Keys, layer_type: str | None) -> dict:
 
 
 def _scaling(c: Keys, given: dict, nested: bool) -> dict | None:
+    """What is left of a rotation's dict as `rope_scaling`; None when it scales nothing."""
+    kind = _scaling_kind(c, given)
+    original = given.pop("original_max_position_embeddings", None)
+    options = _scaling_options(c, kind, given, nested)
+    if kind == "default":
+        return None
+    length = c("max_position_embeddings")
+    if original is None:
+        original = length if nested else c("original_max_position_embeddings", length)
+    if kind == "longrope":
+        options.setdefault("factor", length / original)
+    if kind in _NEEDS_ORIGINAL:
+        options["original_max_position_embeddings"] = length if kind == "dynamic" else original
+    return {"type": kind} | options
+
+
+def _scaling_kind(c: Keys, given: dict) -> str:
     kind, older = given.pop("rope_type", None), given.pop("type", None)
     kind = kind or older or "default"
     kind = "longrope" if kind == "su" else kind
@@ -178,19 +195,14 @@ def _scaling(c: Keys, given: dict, nested: bool) -> dict | None:
         raise UnsupportedArchitectureError(
             f"{c.file}: the rotary scaling {kind!r} isn't known; llmlib has {', '.join(_SCALING_OPTIONS)}"
         )
-    original = given.pop("original_max_position_embeddings", None)
-    known = set(_SCALING_OPTIONS[kind]) - ({"truncate"} if nested else set())  # which the reference reads outside only
-    unknown = {k: v for k, v in given.items() if k not in known and v is not None}
+    return kind
+
+
+def _scaling_options(c: Keys, kind: str, given: dict, nested: bool) -> dict:
+    options = {k: v for k, v in given.items() if v is not None}
+    # the reference reads truncate only where there is one dict for all layers
+    known = set(_SCALING_OPTIONS[kind]) - ({"truncate"} if nested else set())
+    unknown = {k: v for k, v in options.items() if k not in known}
     if unknown:
         raise UnsupportedArchitectureError(f"{c.file}: the rotary scaling {kind!r} has unknown options {unknown}")
-    if kind == "default":
-        return None
-    length = c("max_position_embeddings")
-    if original is None:
-        original = length if nested else c("original_max_position_embeddings", length)
-    scaling = {"type": kind, **{k: v for k, v in given.items() if v is not None}}
-    if kind == "longrope":
-        scaling.setdefault("factor", length / original)
-    if kind in _NEEDS_ORIGINAL:
-        scaling["original_max_position_embeddings"] = length if kind == "dynamic" else original
-    return scaling
+    return options

@@ -53,8 +53,10 @@ def steps(c: Keys) -> None:
 
 def limits(c: Keys, low: float = 0.0) -> tuple[float, float]:
     """The range that steps are clamped to; JSON has no infinity, so some files write it as an object."""
-    given = c("time_step_limit", (low, math.inf))
-    return tuple(float(v["__float__"]) if isinstance(v, dict) else float(v) for v in given)
+    low, high = (
+        float(v["__float__"]) if isinstance(v, dict) else float(v) for v in c("time_step_limit", (low, math.inf))
+    )
+    return low, high
 
 
 def around(c: Keys, mixer: Spec, eps: float = 1e-5, tied: bool = True) -> ModelConfig:
