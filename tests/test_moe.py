@@ -205,6 +205,9 @@ def test_second_derivatives_of_inputs_that_hang_together():
     x = torch.randn(5, 3).double().requires_grad_()
     with kernels("segments"):
         assert torch.autograd.gradgradcheck(lambda x: expert_linear(x, other @ x, counts), x)
+        y = expert_linear(x, other @ x, counts).square().sum()
+        plain, graph = (torch.autograd.grad(y, x, create_graph=g, retain_graph=True)[0] for g in (False, True))
+    torch.testing.assert_close(graph, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
