@@ -109,21 +109,13 @@ def _torch_layer_norm(x, weight=None, bias=None, *, eps=1e-5):
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def undecayed(value: Tensor) -> nn.Parameter:
-    """A parameter that weight decay leaves alone: a gain, a bias, a sink."""
-    parameter = nn.Parameter(value)
-    parameter.no_weight_decay = True
-    return parameter
-
-
 def init_linears_(module: nn.Module, std: float) -> None:
-    """Fill the linear maps in `module`: weights from N(0, std²), biases 0 and free of weight decay."""
+    """Fill the linear maps in `module`: weights from N(0, std²), biases 0."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, 0, std)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-                part.bias.no_weight_decay = True
 
 
 class RMSNorm(nn.Module):

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llmlib.errors import require
-from llmlib.norm import at_least_float32, rms_norm, undecayed
+from llmlib.norm import at_least_float32, rms_norm
 
 
 class Connection(nn.Module):
@@ -66,10 +66,12 @@ class HyperConnections(Connection):
     dynamic  False leaves out W and s: the same maps for every token
     """
 
+    undecayed = ("static",)
+
     def __init__(self, d_model: int, index: int = 0, *, streams: int = 4, dynamic: bool = True):
         super().__init__(streams)
         n, one = streams, torch.eye(streams)
-        self.static = undecayed(torch.cat((torch.ones(n, 1), one[:, [index % n]], one), 1))
+        self.static = nn.Parameter(torch.cat((torch.ones(n, 1), one[:, [index % n]], one), 1))
         self.weight = nn.Parameter(torch.zeros(d_model, n + 2)) if dynamic else None
         self.scale = nn.Parameter(torch.full((2,), 0.01)) if dynamic else None
 
@@ -118,7 +120,7 @@ class ManifoldHyperConnections(Connection):
         require(iterations >= 1, f"iterations is {iterations}, and must be at least 1: with none, mix is any matrix")
         n, one, self.iterations = streams, torch.eye(streams), iterations
         pre = torch.logit((one[index % n] + 1 / n) / 2, eps=0.01)
-        self.static = undecayed(torch.cat((pre, torch.zeros(n), 5 * one.flatten())))
+        self.static = nn.Parameter(torch.cat((pre, torch.zeros(n), 5 * one.flatten())))
         self.weight = nn.Parameter(torch.zeros(n * d_model, n * (n + 2)))
         self.scale = nn.Parameter(torch.full((3,), 0.01))
 

@@ -57,20 +57,26 @@ def learning_rate_at(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for matrices only: vectors, such as gains and biases, and what asks to be spared go without.
-
-    A module's class names those of its own parameters that are spared in `undecayed`, which copying, loading and moving
-    a model leave as it is; a tag `no_weight_decay` on a single parameter is lost where PyTorch makes it anew.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    spared = {id(p) for p in trained if p.ndim < 2 or getattr(p, "no_weight_decay", False)}
-    for module in model.modules():
-        names = getattr(module, "undecayed", ())
-        spared |= {id(p) for name, p in module.named_parameters(recurse=False) if name in names}
+    """Weight decay for matrices only: see `spared_from_decay` for what goes without."""
+    trained, spared = dict(model.named_parameters()), spared_from_decay(model)
+    trained = {name: p for name, p in trained.items() if p.requires_grad}
     return [
-        {"params": [p for p in trained if id(p) not in spared], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) in spared], "weight_decay": 0.0},
+        {"params": [p for name, p in trained.items() if name not in spared], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained.items() if name in spared], "weight_decay": 0.0},
     ]
+
+
+def spared_from_decay(model: nn.Module) -> set[str]:
+    """The names of the parameters that weight decay leaves alone: all vectors, such as gains and biases, and those that
+    a module's class names in `undecayed`. (A tag on a parameter is lost where PyTorch makes it anew.)"""
+    names = {id(p): name for name, p in model.named_parameters()}
+    vectors = {name for name, p in model.named_parameters() if p.ndim < 2}
+    return vectors | {
+        names[id(p)]
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if name in getattr(module, "undecayed", ())
+    }
 
 
 def automatic_precision(device: torch.device | str) -> torch.dtype:

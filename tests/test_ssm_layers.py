@@ -15,7 +15,7 @@ from llmlib.errors import ConfigError
 from llmlib.model import CausalLM, Layer, ModelConfig, spec
 from llmlib.norm import RMSNorm
 from llmlib.ssm import S4D, GatedDeltaNet, GatedRMSNorm, LinearAttention, Mamba, Mamba2, Mamba3
-from llmlib.train import parameter_groups
+from llmlib.train import spared_from_decay
 
 torch.set_num_threads(1)
 D_MODEL = 16
@@ -292,17 +292,12 @@ def test_initialisation_is_the_published_one():
 
 
 def test_what_weight_decay_must_leave_alone():
-    assert undecayed(Mamba(16)) == {"A_log", "D", "dt_proj.bias", "conv1d.bias"}
-    assert undecayed(Mamba2(16, head_dim=8)) == {"A_log", "D", "dt_bias", "conv1d.bias", "norm.weight"}
+    assert spared_from_decay(Mamba(16)) == {"A_log", "D", "dt_proj.bias", "conv1d.bias"}
+    assert spared_from_decay(Mamba2(16, head_dim=8)) == {"A_log", "D", "dt_bias", "conv1d.bias", "norm.weight"}
     mamba3 = {"D", "dt_bias", "B_bias", "C_bias", "B_norm.weight", "C_norm.weight"}
-    assert undecayed(Mamba3(16, head_dim=8, d_state=8, mimo_rank=2)) == mamba3
-    assert undecayed(GatedDeltaNet(16, num_heads=2, head_dim=4)) == {"A_log", "dt_bias", "norm.weight"}
-    assert undecayed(S4D(16)) == {"log_dt", "log_A_real", "A_imag", "D", "out_proj.bias"}
-
-
-def undecayed(module):
-    spared = {id(p) for p in parameter_groups(module, 0.1)[1]["params"]}
-    return {name for name, p in module.named_parameters() if id(p) in spared}
+    assert spared_from_decay(Mamba3(16, head_dim=8, d_state=8, mimo_rank=2)) == mamba3
+    assert spared_from_decay(GatedDeltaNet(16, num_heads=2, head_dim=4)) == {"A_log", "dt_bias", "norm.weight"}
+    assert spared_from_decay(S4D(16)) == {"log_dt", "log_A_real", "A_imag", "D", "out_proj.bias"}
 
 
 @pytest.mark.parametrize("how", ["copied", "loaded"])
@@ -318,8 +313,8 @@ def test_copies_and_loaded_models_leave_the_same_alone(how):
     with torch.device("meta"):
         loaded = model_of(*mixers)
     again = copy.deepcopy(model) if how == "copied" else loaded.to_empty(device="cpu")
-    assert undecayed(again) == undecayed(model)
-    assert {"layers.0.mixer.A_log", "layers.1.mixer.B_bias", "layers.3.mixer.sinks"} < undecayed(again)
+    assert spared_from_decay(again) == spared_from_decay(model)
+    assert {"layers.0.mixer.A_log", "layers.1.mixer.B_bias", "layers.3.mixer.sinks"} < spared_from_decay(again)
 
 
 def test_parameters_add_up():

@@ -105,7 +105,7 @@ def test_schedule(schedule):
 
 def test_weight_decay_groups():
     model = tiny()
-    model.embedding.weight.no_weight_decay = True
+    model.embedding.undecayed = ("weight",)
     frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
     model.frozen = frozen
     decayed, spared = parameter_groups(model, 0.1)

@@ -33,7 +33,7 @@ def to_grouped(attention: Attention, num_kv_heads: int) -> Attention:
         for to, value in zip(new.parameters(), old.parameters(), strict=True):
             heads = value.unflatten(0, (num_kv_heads, g // num_kv_heads, attention.head_dim))
             to.copy_(heads.mean(1).flatten(0, 1))
-            to.requires_grad_(value.requires_grad).__dict__.update(value.__dict__)  # no_weight_decay, for one
+            to.requires_grad_(value.requires_grad)
     return pooled
 
 

@@ -11,7 +11,7 @@ from llmlib.attention.cache import CACHES, make_cache, tokens_seen
 from llmlib.attention.functional import attention, both
 from llmlib.context import Context, positions_in_text
 from llmlib.errors import require, require_counts, require_positive
-from llmlib.norm import at_least_float32, init_linears_, undecayed
+from llmlib.norm import at_least_float32, init_linears_
 from llmlib.position import RoPE, given_positions, rope
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         self.gate_proj = gate and nn.Linear(d_model, q_width if gate == "elementwise" else num_heads, bias=False)
         self.q_norm = qk_norm and self._make_norm(qk_norm, num_heads)
         self.k_norm = qk_norm and kv_from is None and self._make_norm(qk_norm, self.num_kv_heads) or None
-        self.sinks = undecayed(torch.zeros(num_heads)) if sinks else None
+        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
         self.reset_parameters()
 
     def _key_source(self, d_model: int) -> int:

@@ -166,8 +166,6 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
-        if bias:
-            self.bias.no_weight_decay = True
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
