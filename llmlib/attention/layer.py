@@ -142,6 +142,7 @@ class Attention(nn.Module):
         return self.o_proj(y.flatten(2))
 
     def _attend(self, q, k, v, index: Tensor | None, start: int, context: Context) -> Float[Tensor, "b h t d"]:
+        """The op with this layer's options. A layer that chooses among its keys has another here."""
         return attention(
             q, k, v, causal=self.causal and index is None, window=self.window if index is None else None,
             mask=context_mask(context, index, start, q.shape[2], k.shape[2]),
