@@ -902,3 +902,19 @@ def compiled_equals_eager():
 
 if __name__ == "__main__":
     compiled_equals_eager()
+
+
+@pytest.mark.parametrize("counts", [[3, 17, 4], [24, 0, 0]])
+def test_gradients_in_huge_pages_are_the_same(counts, monkeypatch):
+    """Memory that comes from the system by mmap, not by PyTorch."""
+    weights = torch.randn(3, 8, 16), torch.randn(3, 8, 16), torch.randn(3, 16, 8)
+    inputs = [w.requires_grad_() for w in (torch.randn(24, 16), *weights)]
+
+    def gradients(kernel):
+        with kernels(kernel):
+            y = expert_swiglu(*inputs, torch.tensor(counts))
+        return y, *torch.autograd.grad(y.square().sum(), inputs)
+
+    expected = gradients("reference")
+    monkeypatch.setattr("llmlib.moe.gated._LARGE", 0)
+    torch.testing.assert_close(gradients("by_expert"), expected, rtol=1e-4, atol=1e-3)

@@ -40,7 +40,21 @@ def _by_expert_why_not(x, gate, up, down, counts) -> str | None:
 
 @expert_swiglu.twin("by_expert", _by_expert_why_not, measured="two cores of an AMD EPYC, see benchmarks/moe.py")
 def _by_expert(x, gate, up, down, counts):
-    return _ByExpert.apply(x, gate, up, down, sizes_of(counts, len(x)))
+    sizes = sizes_of(counts, len(x))
+    if torch.is_grad_enabled():
+        return _ByExpert.apply(x, gate, up, down, sizes)
+    return _forward(x, gate, up, down, sizes)
+
+
+def _forward(x, gate, up, down, sizes: list[int], kept: list[Tensor] | None = None) -> Float[Tensor, "m d"]:
+    """y; each expert's g and u go into `kept`, which a backward needs."""
+    y = x.new_empty(x.shape)
+    for e, rows in busy(sizes):
+        g, u = _product(x[rows], gate[e]), _product(x[rows], up[e])
+        y[rows] = _product(F.silu(g).mul_(u), down[e])
+        if kept is not None:
+            kept += g, u
+    return y
 
 
 def _one_by_one(twin: Twin) -> None:
@@ -66,11 +80,8 @@ class _ByExpert(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gate, up, down, sizes):
-        y, kept = x.new_empty(x.shape), []
-        for e, rows in busy(sizes):
-            g, u = _product(x[rows], gate[e]), _product(x[rows], up[e])
-            y[rows] = _product(F.silu(g).mul_(u), down[e])
-            kept += (g, u) if any(ctx.needs_input_grad) else ()
+        kept: list[Tensor] = []
+        y = _forward(x, gate, up, down, sizes, kept)
         ctx.sizes = sizes
         ctx.save_for_backward(x, gate, up, down, *kept)
         return y
@@ -100,13 +111,16 @@ def _product(x: Float[Tensor, "m i"], weight: Float[Tensor, "o i"]) -> Float[Ten
     return F.linear(x, weight)
 
 
+_LARGE = 2**25  # bytes from which the C library asks the system for new memory each time
+
+
 def _fresh(like: Tensor) -> Tensor:
     """Uninitialised memory of that size, in huge pages where there are any.
 
     Gradients of experts are large and made anew at each step; in pages of 4 KB, fetching them takes a tenth of it.
     """
     size = like.numel() * like.element_size()
-    if size < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty_like(like)
     memory = mmap.mmap(-1, size)
     memory.madvise(mmap.MADV_HUGEPAGE)
