@@ -1,5 +1,6 @@
 """Normalisation: LayerNorm, RMSNorm, DyT, and what goes with them (folding a gain away, DeepNorm's constants)."""
 
+import contextlib
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +15,13 @@ from llmlib.ops import op
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The type in which sums over many numbers are done: float32 for the half types, else the type itself."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """A block that computes in the types of its tensors: autocast would do its products in 16 bits."""
+    device = x.device.type
+    on = not x.is_meta and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 @op

@@ -1,6 +1,5 @@
 """Routers: which experts a token takes, and with what weight."""
 
-import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from llmlib.errors import require
+from llmlib.norm import without_autocast
 
 SCORES = {
     "softmax": partial(torch.softmax, dim=-1),
@@ -191,7 +191,7 @@ def wide_linear(x: Float[Tensor, "t d"], weight: Float[Tensor, "E d"], bias: Ten
     """W x + b in float32 (or float64), outside autocast."""
     x = wide(x)
     bias = None if bias is None else bias.to(x.dtype)
-    with contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return F.linear(x, weight.to(x.dtype), bias)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmlib.errors import require_counts
+from llmlib.norm import without_autocast
 from llmlib.ops import differentiate_again
 from llmlib.ssm.scan import (
     Recurrence,
@@ -21,7 +22,6 @@ from llmlib.ssm.scan import (
     require_shapes,
     require_time,
     widen,
-    without_autocast,
 )
 
 FORGOTTEN = -100.0  # in float32 exp(-100) is nothing beside 1, and greater sums would swallow the small steps in them

@@ -8,9 +8,8 @@ from jaxtyping import Complex, Float, Inexact
 from torch import Tensor, nn
 
 from llmlib.errors import require, require_counts, require_range
-from llmlib.norm import at_least_float32, init_linears_
+from llmlib.norm import at_least_float32, init_linears_, without_autocast
 from llmlib.ssm.layers import StateSpaceMixer, held, where_valid
-from llmlib.ssm.scan import without_autocast
 
 Diagonal = Inexact[Tensor, "d n"]
 METHODS = ("zoh", "bilinear")

@@ -4,7 +4,6 @@ Its three forms compute one function: `selective_scan` steps through time, `sele
 a tree, `selective_scan_matrix` writes the whole map from x to y as one matrix.
 """
 
-import contextlib
 import functools
 
 import torch
@@ -12,15 +11,8 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from llmlib.errors import require
-from llmlib.norm import at_least_float32
+from llmlib.norm import at_least_float32, without_autocast
 from llmlib.ops import Op, available, differentiate_again
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """A block that computes in the types of its tensors: autocast would do its products in 16 bits."""
-    device = x.device.type
-    on = not x.is_meta and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 class Recurrence(Op):
