@@ -159,7 +159,9 @@ def huggingface(
 ) -> Corpus:  # fmt: skip
     """A text dataset of the Hugging Face hub by its name, through the `datasets` package; one row is one document.
 
-    column  the one that holds the text        limit  stop after this many bytes (None: read all)
+    column  the one that holds the text
+    limit   stop after this many bytes (None: read all)
+
     Rows are streamed, so a large dataset costs no more than the part that is read.
     Raises CorpusError when `datasets` isn't installed, when there is no network or no such dataset, or no such column.
     """

@@ -79,7 +79,7 @@ class Layer:
                "inside"    x + norm(f(x))            OLMo 2
                "sandwich"  x + norm(f(norm(x)))      Gemma 2; with `embedding_norm`, Peri-LN
     parallel   x + mixer(norm(x)) + ffn(norm(x)); parallel_norms is 1 (shared) or 2
-    residual_scale multiplies what f adds (Granite), skip_scale what it is added to (DeepNorm's α)
+    residual_scale  multiplies what f adds (Granite), skip_scale what it is added to (DeepNorm's α)
     cross      a mixer between the two that reads `context.memory`, in a decoder over an encoder
     norm       replaces the model's norm in this layer
     shared     layers with the same name here share one set of weights

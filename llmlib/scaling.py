@@ -696,7 +696,7 @@ def learning_rate_and_batch(N, D, law: str = "steplaw"):
     """(peak learning rate, batch in tokens) that a published law recommends for N parameters and D tokens.
 
     "steplaw":  lr = 1.79·N^−.713·D^.307, batch = .58·D^.571  (Li et al., arXiv 2503.04715)
-    "deepseek": lr = .3118·C^−.1250, batch = .2920·C^.3271 with C = 6ND  (DeepSeek-AI, arXiv 2401.02954)
+    "deepseek":  lr = .3118·C^−.1250, batch = .2920·C^.3271 with C = 6ND  (DeepSeek-AI, arXiv 2401.02954)
     Each holds for the optimiser, schedule and data of its paper: starting points, not truths.
     """
     N, D = _positive("N", N), _positive("D", D)

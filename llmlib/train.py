@@ -41,8 +41,10 @@ def learning_rate_at(
 ) -> float:
     """The learning rate of `step` (from 0): a linear warm-up to `peak`, then the schedule, down to floor · peak.
 
-    constant: stays at the peak        cosine: half a cosine (1608.03983)        linear: a straight line
-    trapezoid: at the peak for three fifths, then a straight line (2405.18392)
+    constant   stays at the peak
+    cosine     half a cosine (1608.03983)
+    linear     a straight line
+    trapezoid  at the peak for three fifths, then a straight line (arXiv:2405.18392)
     """
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -14,7 +14,7 @@ from sphinx.ext.autodoc import FunctionDocumenter
 
 from llmlib.ops import Op
 
-COLUMNS = re.compile(r"^(\S(?:.{0,38}?\S)?) {2,}(\S.*)$")
+COLUMNS = re.compile(r"^(\S(?:.{0,72}?\S)?) {2,}(\S.*)$")
 PARAMETERS = re.compile(r"<dl>\s*((?:<dd>(?:(?!</?d[dl]>).)*</dd>\s*)+)</dl>", re.S)
 ARXIV = re.compile(r"arXiv[: ]\s?(\d{4}\.\d{4,5})")
 
@@ -51,8 +51,10 @@ def definitions(block: list[str], known: set[str]) -> list[str]:
 
 def paragraphs(block: list[str], known: set[str]) -> list[str]:
     """A block without blank lines: columns, prose, and runs of indented lines kept as they are."""
-    if COLUMNS.match(block[0]) and all(COLUMNS.match(line) or line.startswith("  ") for line in block):
-        return [*definitions(block, known), ""]
+    if COLUMNS.match(block[0]):  # prose may follow them at once
+        prose = (i for i, line in enumerate(block) if not (COLUMNS.match(line) or line.startswith("  ")))
+        end = next(prose, len(block))
+        return [*definitions(block[:end], known), "", *(paragraphs(block[end:], known) if block[end:] else [])]
     out = []
     for indented, lines in groupby(block, key=lambda line: line.startswith("  ")):
         lines = list(lines)

@@ -244,8 +244,10 @@ class Attention(nn.Module):
 class CrossAttention(Attention):
     """Queries from x, keys and values from `context.memory`, such as an encoder's output; every query sees all of it.
 
-    d_memory  width of the memory, if not d_model. The options are `Attention`'s; context.shared["memory_valid"] (b m),
-    if there, is False on padding. The state keeps the keys and values of the first call's memory.
+    d_memory  width of the memory, if not d_model
+
+    The other options are `Attention`'s. context.shared["memory_valid"] (b m), if there, is False on padding. The state
+    keeps the keys and values of the first call's memory.
     """
 
     def __init__(self, d_model: int, *, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None,

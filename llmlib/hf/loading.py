@@ -23,7 +23,7 @@ class Family:
     read    config.json as a ModelConfig
     table   llmlib's names → stored names (see `tables`)
     prefix  what every stored name but the head's starts with, in files that were saved with it
-    buffers patterns of stored tensors that hold no weights: masks, inverse frequencies
+    buffers  patterns of stored tensors that hold no weights: masks, inverse frequencies
     choose  for families whose rows depend on the layer: (config, layer index) → a table that goes before `table`
     """
 

@@ -123,8 +123,10 @@ def _shapes(state) -> str:
 def mamba3_recurrent(x, dt, A, trap, B, C, B_bias, C_bias, angles, D=None):
     """`mamba3_scan` step by step, as a state of complex numbers that turns while B and C stand still:
 
-    Z_t = α_t e^{−iω_t dt_t} (Z_{t−1} + (1 − λ_t) dt_t Σ_r x_{t−1,r} b_{t−1,r}) + λ_t dt_t Σ_r x_{t,r} b_{t,r}
-    y_{t,r} = Re(Z_t conj(c_{t,r})),       b and c: the pairs of B and C as complex numbers, ω_t = π tanh(angles_t)
+        Z_t = α_t e^{−iω_t dt_t} (Z_{t−1} + (1 − λ_t) dt_t Σ_r x_{t−1,r} b_{t−1,r}) + λ_t dt_t Σ_r x_{t,r} b_{t,r}
+        y_{t,r} = Re(Z_t conj(c_{t,r}))
+
+    b and c are the pairs of B and C as complex numbers, and ω_t = π tanh(angles_t).
     """
     b, c = (
         torch.view_as_complex((w + bias).unflatten(-1, (-1, 2)).contiguous())
@@ -200,7 +202,7 @@ class Mamba3(StateSpaceMixer):
     d_state       the state of a head is head_dim × d_state
     n_groups      how many sets of B and C the heads share
     complex_rope  False keeps the state real: no angles
-    rope_fraction the share of d_state that turns
+    rope_fraction  the share of d_state that turns
     mimo_rank     0 is SISO; r gives each head r inputs and outputs in a step, scaled copies of x, z and y
     use_conv      a short convolution of width d_conv over x, B and C, as Mamba-2 has it; Mamba-3 needs none
     gated_norm    a norm for each head before the gate
