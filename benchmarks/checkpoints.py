@@ -2,20 +2,19 @@
 
     python benchmarks/checkpoints.py [family ...]
 
-Models of 10 to 20 million parameters, float32, T = 512, two threads; the median of interleaved pairs. A ratio below 1
-means that llmlib takes less time.
+Models of 10 to 20 million parameters, float32, T = 512, two threads; the median of interleaved pairs, in which each
+goes first in turn. A ratio below 1 means that llmlib takes less time.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from attention import ratio
 
 from llmlib import load
 
@@ -84,19 +83,6 @@ def tasks(theirs, mine, batch: int) -> dict:
     }
 
 
-def ratio(theirs, mine, pairs: int) -> tuple[float, float, float]:
-    """(median of mine / theirs, my median seconds, their median seconds) over interleaved pairs after one warm-up."""
-    times = []
-    for _ in range(pairs + 1):
-        start = time.perf_counter()
-        mine()
-        middle = time.perf_counter()
-        theirs()
-        times.append((middle - start, time.perf_counter() - middle))
-    mine_s, theirs_s = zip(*times[1:], strict=True)
-    return statistics.median(a / b for a, b in times[1:]), statistics.median(mine_s), statistics.median(theirs_s)
-
-
 def main() -> None:
     """Print a table, and the same as JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,7 +98,7 @@ def main() -> None:
             theirs, mine = pair(family, Path(folder))
             for batch in options.batches:
                 for name, (a, b) in tasks(theirs, mine, batch).items():
-                    value, my_seconds, their_seconds = ratio(a, b, options.pairs)
+                    value, my_seconds, their_seconds = ratio(b, a, options.pairs)
                     rows.append({"family": family, "parameters": mine.num_parameters(), "batch": batch, "task": name,
                                  "ratio": value, "llmlib_s": my_seconds, "transformers_s": their_seconds})  # fmt: skip
                     if not options.json:

@@ -52,6 +52,19 @@ def glu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"], activation: str 
     return ACTIVATIONS[activation](gate) * up
 
 
+def _in_place_why_not(gate, up, activation="silu") -> str | None:
+    if gate.device.type != "cpu" or torch.compiler.is_compiling():
+        return "it saves a CPU from fetching new memory, and a GPU or a compiler has better ways"
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return "the backward needs what it would overwrite"
+    return None if gate.dtype is up.dtype else f"the gate is {gate.dtype}, and up {up.dtype}"
+
+
+@glu.twin("in-place", _in_place_why_not, measured="two CPU cores, see benchmarks/checkpoints.py")
+def _in_place(gate, up, activation="silu"):
+    return ACTIVATIONS[activation](gate).mul_(up)
+
+
 def _recompute_why_not(gate, up, activation="silu") -> str | None:
     return None if activation == "silu" else f"its gradient is written for silu, not for {activation}"
 

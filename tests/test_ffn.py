@@ -73,6 +73,19 @@ def test_clamped_swiglu_equals_gpt_oss():
     assert huge.item() == pytest.approx(56, rel=1e-3)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_without_a_backward_the_product_overwrites_what_nobody_needs(activation):
+    gate, up = torch.randn(2, 3, 8).unbind(0)
+    kept = gate.clone(), up.clone()
+    assert glu.explain(gate, up, activation).kernel == "in-place"
+    assert torch.equal(glu(gate, up, activation), glu.reference(*kept, activation))
+    assert torch.equal(gate, kept[0]) and torch.equal(up, kept[1])
+    up.requires_grad_()
+    assert glu.explain(gate, up, activation).refused[0] == ("in-place", "the backward needs what it would overwrite")
+    with torch.no_grad():
+        assert glu.explain(gate, up, activation).kernel == "in-place"
+
+
 def test_the_recomputing_swiglu_keeps_two_tensors():
     gate, up = torch.randn(2, 3, 50, requires_grad=True)
 
