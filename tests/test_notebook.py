@@ -69,7 +69,7 @@ def test_loads_of_experts_stand_against_an_even_one(monkeypatch):
     monkeypatch.setattr(plt, "show", lambda: None)
     notebook.expert_loads({"layer 3": passed()})
     (ax,) = plt.gcf().axes
-    assert [bar.get_height() for bar in ax.patches] == pytest.approx([2 / 3, 1 / 3])
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx([3 / 4, 1 / 4, 2 / 4, 1 / 4])
     assert ax.lines[0].get_ydata() == pytest.approx([0.5, 0.5])
     assert ax.get_title() == "layer 3\nMaxVio 0.50, entropy 0.37 of 0.69, 25.0% dropped"
 

@@ -139,6 +139,8 @@ def _array(values):
 def expert_loads(statistics: Mapping[str, RoutingStatistics]) -> None:
     """Draw each expert's share of the rows, one panel for each mixture, against the line where all would be even.
 
+    A bar is what the router wanted, and its pale top what a capacity cut off.
+
     statistics  as `llmlib.moe.statistics(model)` returns them, or under titles of your own
     A panel's title says what a description of the figure needs: MaxVio, the router's entropy and its largest value, and
     what was dropped.
@@ -148,11 +150,15 @@ def expert_loads(statistics: Mapping[str, RoutingStatistics]) -> None:
     size = (6.4, 2.6 * math.ceil(len(statistics) / 2) + 0.2)
     _, axes = plt.subplots(math.ceil(len(statistics) / 2), min(len(statistics), 2), figsize=size, squeeze=False)
     for ax, (title, s) in zip(axes.flat, statistics.items(), strict=False):
-        ax.bar(range(len(s.load)), s.load.tolist(), color=colours()["blue"])
-        ax.axhline(1 / len(s.load), color=colours()["orange"], linestyle="--", label="even")
-        ax.set(xlabel="expert", ylabel="share of the rows")
+        wanted, computed = ((rows / s.wanted.sum()).tolist() for rows in (s.wanted, s.counts))
+        experts = range(len(wanted))
+        if s.dropped:
+            ax.bar(experts, wanted, color=colours()["blue"], alpha=0.35, label="dropped")
+        ax.bar(experts, computed, color=colours()["blue"], label="computed")
+        ax.axhline(1 / len(wanted), color=colours()["orange"], linestyle="--", label="even")
+        ax.set(xlabel="expert", ylabel="share of the rows", ylim=(0, 1.35 * max(wanted)))  # room for the legend
         ax.set_title("\n".join(filter(None, [title, describe(s)])), fontsize=9)
-        ax.legend(loc="upper right")
+        ax.legend(loc="upper right", ncols=3)
     for ax in axes.flat[len(statistics) :]:
         ax.axis("off")
     plt.show()
