@@ -571,3 +571,9 @@ def test_choices_must_fit_the_heads():
     q, k = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
     with pytest.raises(ConfigError, match="3 choices of blocks don't divide 4 query heads"):
         selected_attention(q, k, k, torch.zeros(1, 3, 3, 1, dtype=torch.long))
+
+
+def test_a_state_of_another_layer_is_named():
+    layer = NSA(32, num_heads=4, compress_block=4, compress_stride=2, select_block=4, num_selected=3, window=4)
+    with pytest.raises(ValueError, match="is it the state of another layer"):
+        layer(torch.randn(1, 3, 32), {"h": torch.zeros(1, 4)})

@@ -13,7 +13,7 @@ from llmlib.attention.cache import GrowingCache, tokens_seen
 from llmlib.attention.functional import both, check_shapes, masked_softmax, visible
 from llmlib.attention.layer import check_heads, context_mask
 from llmlib.context import Context
-from llmlib.errors import require
+from llmlib.errors import require, require_counts
 from llmlib.norm import at_least_float32, init_linears_
 from llmlib.ops import op
 
@@ -145,8 +145,7 @@ class PaTHAttention(nn.Module):
     ):
         super().__init__()
         check_heads(d_model, num_heads, num_kv_heads, head_dim)
-        require(w_rank is None or w_rank >= 1, f"w_rank is {w_rank}, and must be at least 1, or None for a full matrix")
-        require(d_conv >= 1, f"d_conv is {d_conv}, and must be at least 1")
+        require_counts(w_rank=w_rank, d_conv=d_conv)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_dim, self.cache = head_dim or d_model // num_heads, GrowingCache()
         q_width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim

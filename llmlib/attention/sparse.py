@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from llmlib.attention.cache import GrowingCache, RingCache, part_of
+from llmlib.attention.cache import GrowingCache, RingCache, part_of, tokens_seen
 from llmlib.attention.functional import attention, both, masked_softmax
 from llmlib.attention.layer import Attention, check_heads, context_mask, make_rope
 from llmlib.attention.mla import MLA
@@ -228,7 +228,7 @@ class NSA(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         require_whole(context, "NSA")
         b, t, _ = x.shape
-        start = 0 if state is None else state.get("length", 0)
+        start = tokens_seen(state)
         q = self.q_proj(x).view(b, t, self.num_heads, -1).transpose(1, 2)
         (k_cmp, k_sel, k_win), (v_cmp, v_sel, v_win) = (
             proj(x).view(b, t, 3, self.num_kv_heads, -1).permute(2, 0, 3, 1, 4) for proj in (self.k_proj, self.v_proj)

@@ -105,7 +105,7 @@ class _ByExpert(torch.autograd.Function):
 
 
 def _product(x: Float[Tensor, "m i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "m o"]:
-    """x Wᵀ, of many rows by oneDNN: where it is there, an eighth faster on an AMD processor than MKL."""
+    """x Wᵀ, of many rows by oneDNN where it is there: on an AMD processor it is faster than MKL."""
     if len(x) >= 16 and x.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
@@ -117,7 +117,8 @@ _LARGE = 2**25  # bytes from which the C library asks the system for new memory 
 def _fresh(like: Tensor) -> Tensor:
     """Uninitialised memory of that size, in huge pages where there are any.
 
-    Gradients of experts are large and made anew at each step; in pages of 4 KB, fetching them takes a tenth of it.
+    Gradients of experts are large and made anew at each step; in pages of 4 KB, fetching those costs more than
+    any sum in it.
     """
     size = like.numel() * like.element_size()
     if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):

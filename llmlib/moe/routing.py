@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from llmlib.errors import require
-from llmlib.norm import without_autocast
+from llmlib.norm import at_least_float32, without_autocast
 
 SCORES = {
     "softmax": partial(torch.softmax, dim=-1),
@@ -184,7 +184,7 @@ class Router(nn.Module):
 
 def wide(x: Tensor) -> Tensor:
     """x in float32, or in float64 where it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(at_least_float32(x.dtype))
 
 
 def wide_linear(x: Float[Tensor, "t d"], weight: Float[Tensor, "E d"], bias: Tensor | None = None) -> Tensor:
