@@ -8,6 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,28 @@ def test_a_taken_port_gives_the_next_one(tmp_path):
         server = site.server(tmp_path, port=port)
         assert port < server.server_port < port + 50
         server.server_close()
+
+
+def test_processes_that_complete_the_site_wait_for_the_one_that_builds(tmp_path, monkeypatch):
+    site, builds = tool("site"), []
+
+    def slow_build(source, output):
+        builds.append(output)
+        index = output / "_build" / "html" / "index.html"
+        index.parent.mkdir()  # twice at once is an error, as it is for the real build
+        index.touch()
+        time.sleep(0.2)
+        index.write_text("whole")
+
+    monkeypatch.setattr(site, "_build", slow_build)
+
+    def complete(_) -> str:
+        site.build(tmp_path, tmp_path, anew=False)
+        return (tmp_path / "_build" / "html" / "index.html").read_text()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(complete, range(4))) == {"whole"}
+    assert len(builds) == 1
 
 
 def test_an_unknown_experiment_names_the_known_ones():

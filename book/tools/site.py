@@ -1,4 +1,7 @@
-"""Build the site, serve it, print its chapters:  python book/tools/site.py build | serve | pdf  (several in a row)."""
+"""Build the site, serve it, print its chapters:  python book/tools/site.py build | serve | pdf  (several in a row).
+
+`complete` builds the site only where there is none yet.
+"""
 
 import functools
 import http.server
@@ -10,14 +13,24 @@ import threading
 import time
 from pathlib import Path
 
+from filelock import FileLock
+
 ROOT = Path(__file__).resolve().parents[2]
 HTML = ROOT / "_build" / "html"
 PDF = ROOT / "_build" / "pdf"
 PORT = 8000
 
 
-def build(source: Path = ROOT, output: Path = ROOT) -> None:
-    """Warnings are errors, in cross-references too."""
+def build(source: Path = ROOT, output: Path = ROOT, anew: bool = True) -> None:
+    """Warnings are errors, in cross-references too. One process builds at a time; others wait for it."""
+    folder = output / "_build"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if anew or not (folder / "html" / "index.html").exists():
+            _build(source, output)
+
+
+def _build(source: Path, output: Path) -> None:
     start = time.monotonic()
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
     command = [jupyter_book, "build", source, "--path-output", output, "-W", "--keep-going", "-n", "-q"]
@@ -87,4 +100,4 @@ READY = """async () => {
 
 if __name__ == "__main__":
     for step in sys.argv[1:]:
-        {"build": build, "serve": serve, "pdf": pdf}[step]()
+        {"build": build, "complete": functools.partial(build, anew=False), "serve": serve, "pdf": pdf}[step]()
