@@ -1,11 +1,13 @@
 """The experts of nearly every published mixture, SwiGLU without biases, as one op."""
 
-import mmap
+import weakref
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmlib.ffn import SwiGLU, glu
 from llmlib.moe.experts import StackedLinear, as_autocast, busy, expert_linear, sizes_of, transformed
@@ -93,13 +95,16 @@ class _ByExpert(torch.autograd.Function):
             reference = lambda *inputs: expert_swiglu.reference(*inputs, torch.tensor(ctx.sizes))  # noqa: E731
             return *differentiate_again(reference, (x, gate, up, down), dy), None
         dx = torch.empty_like(x)
-        dgate, dup, ddown = (w.new_zeros(w.shape) if 0 in ctx.sizes else _fresh(w) for w in (gate, up, down))
+        trained = ctx.needs_input_grad[1:4]
+        dgate, dup, ddown = (
+            _gradient_of(w, ctx.sizes) if needed else None for w, needed in zip((gate, up, down), trained, strict=True)
+        )
         for (e, rows), g, u in zip(busy(ctx.sizes), kept[::2], kept[1::2], strict=True):
             open_, dh = F.silu(g), _product(dy[rows], down[e].T)
-            torch.mm(dy[rows].T, open_ * u, out=ddown[e])
+            _outer(dy[rows], open_ * u, ddown, e)
             du, dg = open_.mul_(dh), torch.ops.aten.silu_backward(dh.mul_(u), g)
-            torch.mm(du.T, x[rows], out=dup[e])
-            torch.mm(dg.T, x[rows], out=dgate[e])
+            _outer(du, x[rows], dup, e)
+            _outer(dg, x[rows], dgate, e)
             torch.add(_product(du, up[e].T), _product(dg, gate[e].T), out=dx[rows])
         return dx, dgate, dup, ddown, None
 
@@ -111,21 +116,39 @@ def _product(x: Float[Tensor, "m i"], weight: Float[Tensor, "o i"]) -> Float[Ten
     return F.linear(x, weight)
 
 
-_LARGE = 2**25  # bytes from which the C library asks the system for new memory each time
+def _outer(dy: Float[Tensor, "m o"], x: Float[Tensor, "m i"], gradient: Float[Tensor, "E o i"] | None, e: int) -> None:
+    """∂W_e = ∂yᵀ x, where W is trained."""
+    if gradient is not None:
+        torch.mm(dy.T, x, out=gradient[e])
 
 
-def _fresh(like: Tensor) -> Tensor:
-    """Uninitialised memory of that size, in huge pages where there are any.
+_CACHE_LINE = 64  # bytes
+_spare = WeakTensorKeyDictionary()  # weight: the memory of its last gradient, once nothing holds that gradient
 
-    Gradients of experts are large and made anew at each step; in pages of 4 KB, fetching those costs more than
-    any sum in it.
+
+def _gradient_of(weight: Float[Tensor, "E o i"], sizes: list[int]) -> Float[Tensor, "E o i"]:
+    """Memory for a weight's gradient: zero for experts without rows, not yet written for the others.
+
+    A gradient is as large as its weight, and new memory comes from the system page by page, each cleared first: a
+    fifth of a training step. So a weight keeps the memory of its last gradient when that is dropped (`zero_grad`), as
+    long as the weight itself lives.
     """
-    size = like.numel() * like.element_size()
-    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(like)
-    memory = mmap.mmap(-1, size)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+    memory = _spare.pop(weight, None)
+    if memory is None or memory.nbytes != weight.nbytes:
+        memory = np.empty(weight.nbytes + _CACHE_LINE, np.uint8)
+        memory = memory[-memory.ctypes.data % _CACHE_LINE :][: weight.nbytes]
+    lent = memory[:]  # goes with the gradient, and `memory` stays
+    weakref.finalize(lent, _keep, weakref.ref(weight), memory).atexit = False
+    gradient = torch.frombuffer(lent, dtype=weight.dtype).view(weight.shape)
+    for e, size in enumerate(sizes):
+        if size == 0:
+            gradient[e].zero_()
+    return gradient
+
+
+def _keep(weight: weakref.ref, memory: np.ndarray) -> None:
+    if (weight := weight()) is not None:
+        _spare[weight] = memory
 
 
 def run_experts(experts: nn.Module, rows: Float[Tensor, "m d"], counts: Int[Tensor, "E"]) -> Float[Tensor, "m d"]:
