@@ -70,7 +70,7 @@ def _selected_attention_work(masked, q, k, v, chosen, *, block_size=1, **_) -> i
     return 2 * b * h * pairs * (d + v.shape[-1])
 
 
-def _compressed_attention_work(masked, q, k, v, *, length, block_size, stride) -> int:
+def _compressed_attention_work(masked, q, k, v, *, length, block_size, stride, **_) -> int:
     (b, h, t, d), n = q.shape, k.shape[2]
     ended = sum(blocks_ended(i, block_size, stride) for i in range(length - t + 1, length + 1))
     return 2 * b * h * (ended if masked else t * n) * (d + v.shape[-1])

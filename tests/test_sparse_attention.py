@@ -22,7 +22,7 @@ from llmlib.attention import (
     indexer_loss,
     selected_attention,
 )
-from llmlib.context import Context
+from llmlib.context import Context, positions_in_text
 from llmlib.errors import ConfigError
 from llmlib.ffn import SwiGLU
 from llmlib.model import CausalLM, Layer, ModelConfig, spec
@@ -342,12 +342,60 @@ def test_dsa_in_prompts_of_different_lengths_and_documents(kind):
         assert torch.allclose(got, torch.cat([layer(one) for one in texts], 1), atol=1e-11)
 
 
+@every_kind
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("sizes", [[25], [1] * 25, [3, 1, 1, 9, 4, 1, 1, 5], [14, 11]], ids=str)
+def test_each_text_of_a_padded_batch_is_what_it_is_alone(kind, sizes, mode):
+    """Behind paddings that leave blocks and strides whole or cut them, and one that is longer than the first pieces."""
+    layer, x, before = make(kind), text(25, b=6), (0, 1, 4, 7, 13, 24)
+    valid = torch.arange(25) >= torch.tensor(before)[:, None]
+    positions = positions_in_text(valid, None)
+    with torch.no_grad(), kernels(mode):
+        state, out, end = {"reserve": 25}, [], 0
+        for part in x.split(sizes, 1):
+            start, end = end, end + part.shape[1]
+            out.append(layer(part, state, Context(positions[:, start:end], valid[:, :end])))
+        y = torch.cat(out, 1)
+        assert torch.allclose(y, layer(x, None, Context(positions, valid)), atol=1e-11)
+        for row, n, one in zip(y, before, x, strict=True):
+            assert torch.allclose(row[n:], layer(one[None, n:])[0], atol=1e-11), n
+
+
+@every_kind
+def test_positions_matter_by_their_differences_alone(kind):
+    """Of a text, and of a padded one whose positions aren't given."""
+    layer, x = make(kind), text(25)
+    with torch.no_grad():
+        want, state = layer(x), {}
+        y = torch.cat([layer(part, state, Context(torch.arange(i, i + 5) + 7)) for i, part in zip(
+            range(0, 25, 5), x.split(5, 1), strict=True)], 1)  # fmt: skip
+        assert torch.allclose(y, want, atol=1e-10)
+        valid = torch.arange(25).expand(2, -1) >= 6
+        assert torch.allclose(layer(x, None, Context(None, valid))[:, 6:], layer(x[:, 6:]), atol=1e-10)
+
+
+@every_kind
+def test_padding_gives_no_gradient_and_finite_ones(kind):
+    layer, x = make(kind), text(12).requires_grad_()
+    valid = torch.arange(12) >= torch.tensor([[0], [5]])
+    y = layer(x, None, Context(positions_in_text(valid, None), valid))
+    (gradient,) = torch.autograd.grad((y * valid[..., None]).square().sum(), x)
+    assert gradient.isfinite().all()
+    assert torch.equal(gradient.abs().sum(-1) > 0, valid)
+
+
+@every_kind
+def test_prompts_of_different_lengths_are_continued_as_each_alone(kind):
+    model = CausalLM(config_of(SPECS[kind]).replace(init_std=0.3)).double()
+    prompts = [torch.randint(0, 50, (n,)).tolist() for n in (11, 3, 8)]
+    for together, prompt in zip(model.generate(prompts, 12), prompts, strict=True):
+        assert torch.equal(together, model.generate([prompt], 12)[0])
+
+
 @pytest.mark.parametrize("kind", ["moba", "nsa"])
-def test_blocks_need_whole_texts(kind):
-    ones = torch.ones(2, 8, dtype=torch.bool)
-    for field, value in {"valid": ones, "documents": ones.long(), "positions": torch.arange(8)}.items():
-        with pytest.raises(ConfigError, match=f"it can't take context.{field}: give it texts of one length"):
-            make(kind)(text(8), context=Context(**{field: value}))
+def test_blocks_need_a_row_for_each_text(kind):
+    with pytest.raises(ConfigError, match="it can't take context.documents: give it one text in each row"):
+        make(kind)(text(8), context=Context(documents=torch.ones(2, 8, dtype=torch.long)))
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -499,8 +547,8 @@ def test_cache_sizes():
     sizes = {"moba": 2 * 2 * 8, "nsa": 2 * 2 * 8 * (1 + 1 / 2), "dsa": 16 + 4 + 6}
     for kind, size in sizes.items():
         assert cost.cache_per_token(config_of(SPECS[kind], 1), 600) == size * 2
-    # beyond that NSA's window holds 3 tokens, and 3 wait for their block to end; 299 summaries of 600 tokens
-    assert cost.cache(config_of(SPECS["nsa"], 1), 600) == 2 * 2 * 8 * (600 + 299 + 3 + 2) * 2
+    # beyond that NSA's window holds 3 tokens, and 2 wait with their places for a block to end; 299 summaries
+    assert cost.cache(config_of(SPECS["nsa"], 1), 600) == 2 * 2 * 8 * (600 + 299 + 3 + 2) * 2 + 2 * 8
 
 
 @pytest.mark.parametrize(("time", "cached"), [(29, 0), (7, 0), (1, 28), (4, 21)])

@@ -10,12 +10,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from llmlib.attention.cache import GrowingCache, RingCache, part_of, tokens_seen
 from llmlib.attention.functional import attention, both, masked_softmax
-from llmlib.attention.layer import Attention, check_heads, context_mask, make_rope
+from llmlib.attention.layer import Attention, check_heads, context_mask, make_rope, places_of_new
 from llmlib.attention.mla import MLA
 from llmlib.context import Context
 from llmlib.errors import require
@@ -32,6 +32,7 @@ def selected_attention(
     chosen: Int[Tensor, "b c t n"],
     *,
     block_size: int = 1,
+    padding: Int[Tensor, "b"] | None = None,
     mask: Bool[Tensor, "... #t #s"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "b h t e"]:
@@ -39,6 +40,7 @@ def selected_attention(
 
     chosen  c = 1: the same for all heads; c = g: for each group; c = h: for each head. A block in the future adds
             nothing. `llmlib.cost` takes it that a query's own block is among them, or that B is 1.
+    padding  how many keys stand before each text, whose first block begins behind them; `mask` must hide them
     mask, scale  see `attention`
 
     A fused kernel does t · n · B pairs per head; this one does all t · s. ConfigError when c doesn't divide h.
@@ -46,35 +48,65 @@ def selected_attention(
     h, s, c = q.shape[1], k.shape[2], chosen.shape[1]
     require(h % c == 0, f"{c} choices of blocks don't divide {h} query heads: make one for all, a group or a head")
     picked = chosen.new_zeros(*chosen.shape[:3], -(-s // block_size), dtype=torch.bool).scatter(-1, chosen, True)
-    seen = picked.repeat_interleave(block_size, -1)[..., :s].repeat_interleave(1 if c == 1 else h // c, 1)
+    at = torch.arange(s, device=k.device)
+    block = (at if padding is None else (at - padding[:, None, None, None]).clamp(min=0)) // block_size
+    seen = picked.take_along_dim(block.expand(*chosen.shape[:3], s), -1).repeat_interleave(1 if c == 1 else h // c, 1)
     return attention(q, k, v, mask=both(seen, mask), scale=scale)
 
 
 def choose(
-    scores: Float[Tensor, "b c t n"], top_k: int, block_size: int, length: int, *, first: int = 0, local: int = 0
+    scores: Float[Tensor, "b c t n"],
+    top_k: int,
+    block_size: int,
+    length: int,
+    *,
+    padding: Int[Tensor, "b"] | None = None,
+    first: int = 0,
+    local: int = 0,
 ) -> Int[Tensor, "b c t k"]:
     """The top_k of n blocks with the highest scores, for queries that stand at the end of `length` keys.
 
+    Block 0 begins behind the `padding` of each text, if there is any.
     The `first` blocks of the text and the `local` last up to the query's own come before all others, blocks of the
     future after all. Of equal scores the earlier block wins, whatever the number of queries: so decoding chooses as
     training does.
     """
     t, n = scores.shape[2:]
-    own = torch.arange(length - t, length, device=scores.device)[:, None] // block_size
+    own = places_of_queries(t, length, padding, scores.device) // block_size
     block = torch.arange(n, device=scores.device)
     scores = scores.masked_fill((block < first) | (own - block < local), torch.inf)
     ranked = scores.masked_fill(block > own, -torch.inf).sort(dim=-1, descending=True, stable=True)
     return ranked.indices[..., :top_k]
 
 
-def require_whole(context: Context | None, name: str) -> None:
-    """ConfigError when a text doesn't begin at the first place of its row, where the first block begins."""
-    for field in ("valid", "documents", "positions"):
-        require(
-            context is None or getattr(context, field) is None,
-            f"{name} counts its blocks from the first token of a row, so it can't take context.{field}: "
-            f"give it texts of one length, unpadded and one in each row",
-        )
+def places_of_queries(
+    t: int, length: int, padding: Int[Tensor, "b"] | None, device: torch.device
+) -> Int[Tensor, "*b1 t 1"]:
+    """Where in its own text each of t queries stands, the last at the end of `length` tokens; below 0 on padding."""
+    at = torch.arange(length - t, length, device=device)[:, None]
+    return at if padding is None else at - padding[:, None, None, None]
+
+
+def padding_before(context: Context, name: str) -> Int[Tensor, "b"] | None:
+    """How many tokens of padding stand before each text, None where no text has any.
+
+    ConfigError for packed texts: those don't begin where a block does.
+    """
+    require(
+        context.documents is None,
+        f"{name} counts its blocks from the first token of a row, so it can't take context.documents: "
+        f"give it one text in each row",
+    )
+    return None if context.valid is None else (context.valid.cumsum(1) == 0).sum(1)
+
+
+def moved_up(x: Num[Tensor, "b g s d"], by: Int[Tensor, "b"] | None) -> Num[Tensor, "b g s d"]:
+    """Each text moved so many places towards the front; what stood there comes round to the end."""
+    if by is None:
+        return x
+    s = x.shape[2]
+    at = (torch.arange(s, device=x.device) + by[:, None]) % max(s, 1)
+    return x.take_along_dim(at[:, None, :, None], 2)
 
 
 class MoBA(Attention):
@@ -85,7 +117,8 @@ class MoBA(Attention):
     and with top_k ≥ the number of blocks so is the output. The choice has no parameters and passes no gradient.
 
     A fused kernel does t · top_k · block_size pairs, after t · s / block_size for the scores. The cache is that of
-    `Attention`. Texts are whole: no padding, no packing. Lu et al., arXiv:2502.13189.
+    `Attention`. The first block begins with the first token behind the padding; texts can't be packed.
+    Lu et al., "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv:2502.13189.
     """
 
     def __init__(self, d_model: int, *, num_heads: int, block_size: int, top_k: int, num_kv_heads: int | None = None,
@@ -98,10 +131,11 @@ class MoBA(Attention):
         self.block_size, self.top_k = block_size, top_k
 
     def _attend(self, q, k, v, index: Tensor | None, start: int, context: Context) -> Float[Tensor, "b h t d"]:
-        require_whole(context, "MoBA")
-        scores = mean_key_scores(q, k, self.block_size)
-        chosen = choose(scores, self.top_k, self.block_size, k.shape[2], local=1)
-        return selected_attention(q, k, v, chosen, block_size=self.block_size)
+        t, s, padding = q.shape[2], k.shape[2], padding_before(context, "MoBA")
+        mask = context_mask(context, index, start, t, s)
+        scores = mean_key_scores(q, moved_up(k, padding), self.block_size)
+        chosen = choose(scores, self.top_k, self.block_size, s, padding=padding, local=1)
+        return selected_attention(q, k, v, chosen, block_size=self.block_size, padding=padding, mask=mask)
 
 
 def mean_key_scores(
@@ -123,17 +157,20 @@ def compressed_attention(
     length: int,
     block_size: int,
     stride: int,
+    padding: Int[Tensor, "b"] | None = None,
 ) -> tuple[Float[Tensor, "b h t e"], Float[Tensor, "b h t n"]]:
     """Softmax attention over summaries of blocks, and its weights; key i stands for tokens i · stride … + block_size.
 
-    The queries are the last of `length` tokens. One sees a summary once its block has ended; where none has, zeros.
+    The queries are the last of `length` tokens, of which the first `padding` stand before the text; the tokens of a
+    summary are counted from the text's first. A query sees a summary once its block has ended; where none has, zeros.
+    The scores are q · k / √d, in float32 or better. Yuan et al., "Native Sparse Attention", arXiv:2502.11089.
     """
     t, n, groups = q.shape[2], k.shape[2], k.shape[1]
     wide = at_least_float32(q.dtype)
     if n == 0:
         return v.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(*q.shape[:3], 0, dtype=wide)
     ends = torch.arange(n, device=q.device) * stride + block_size - 1
-    ended = torch.arange(length - t, length, device=q.device)[:, None] >= ends
+    ended = places_of_queries(t, length, padding, q.device) >= ends
     scores = torch.einsum("bgrtd,bgnd->bgrtn", q.to(wide).unflatten(1, (groups, -1)), k.to(wide))
     weights = masked_softmax(scores.flatten(1, 2) * q.shape[-1] ** -0.5, ended)
     y = torch.einsum("bgrtn,bgne->bgrte", weights.unflatten(1, (groups, -1)), v.to(wide)).flatten(1, 2)
@@ -181,8 +218,9 @@ class NSA(nn.Module):
     is one linear map. The defaults are the paper's.
 
     Pairs per query and head in fused kernels: s / compress_stride + num_selected · select_block + window. The cache
-    holds every token once (selected), a summary per compress_stride, the window, and what no summary covers yet. Texts
-    are whole: no padding, no packing. Yuan et al., arXiv:2502.11089.
+    holds every token once (selected), a summary per compress_stride, the window, and what no summary covers yet. Blocks
+    of all kinds are counted from the first token behind the padding; texts can't be packed.
+    Yuan et al., "Native Sparse Attention", arXiv:2502.11089.
     """
 
     def __init__(self, d_model: int, *, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None,
@@ -226,50 +264,71 @@ class NSA(nn.Module):
     def forward(
         self, x: Float[Tensor, "b t d"], state: dict | None = None, context: Context | None = None
     ) -> Float[Tensor, "b t d"]:
-        require_whole(context, "NSA")
+        context = Context() if context is None else context
         b, t, _ = x.shape
-        start = tokens_seen(state)
+        start, padding = tokens_seen(state), padding_before(context, "NSA")
+        length, index = start + t, None
         q = self.q_proj(x).view(b, t, self.num_heads, -1).transpose(1, 2)
         (k_cmp, k_sel, k_win), (v_cmp, v_sel, v_win) = (
             proj(x).view(b, t, 3, self.num_kv_heads, -1).permute(2, 0, 3, 1, 4) for proj in (self.k_proj, self.v_proj)
         )
+        at = places_of_new(q, start, context)
         if self.rope is not None:
-            angles = self.rope(start, q, Context() if context is None else context)
+            angles = self.rope(start, q, context)
             q, k_sel, k_win = (rope(z, *angles) for z in (q, k_sel, k_win))
-        k_cmp, v_cmp = self._summaries(k_cmp, v_cmp, start, state)
+        k_cmp, v_cmp = self._summaries(state, padding, k=k_cmp, v=v_cmp, at=at[:, None, :, None])
         if state is not None:
             k_sel, v_sel = self.growing.update(part_of(state, "selected"), k=k_sel, v=v_sel)
             k_win, v_win = self.ring.update(part_of(state, "window"), k=k_win, v=v_win)
-            state["length"] = start + t
+            index = self.ring.index(length, t, k_win.shape[2], x.device) if t == 1 else None
+            state["length"] = length
         y_cmp, weights = compressed_attention(
-            q, k_cmp, v_cmp, length=start + t, block_size=self.compress_block, stride=self.compress_stride
+            q, k_cmp, v_cmp, length=length, block_size=self.compress_block, stride=self.compress_stride, padding=padding
         )
-        y_sel = selected_attention(q, k_sel, v_sel, self._choose(weights, start + t), block_size=self.select_block)
+        y_sel = selected_attention(
+            q, k_sel, v_sel, self._choose(weights, length, padding), block_size=self.select_block, padding=padding,
+            mask=context_mask(context, None, start, t, length),
+        )  # fmt: skip
         # one query sees all that the ring holds, in whatever order it lies there
-        y_win = attention(q, k_win, v_win, causal=t > 1, window=self.window if t > 1 else None)
+        y_win = attention(
+            q, k_win, v_win, causal=t > 1, window=self.window if t > 1 else None,
+            mask=context_mask(context, index, start, t, k_win.shape[2]),
+        )  # fmt: skip
         gates = torch.sigmoid(self.gate_proj(x)).view(b, t, 3, self.num_heads).permute(2, 0, 3, 1)
         y = sum(gate[..., None] * y for gate, y in zip(gates, (y_cmp, y_sel, y_win), strict=True))
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def _summaries(self, k: Tensor, v: Tensor, start: int, state: dict | None):
-        """Keys and values of all blocks that have ended. The state keeps them, and the tokens of those that haven't."""
-        end, size, stride = start + k.shape[2], self.compress_block, self.compress_stride
+    def _summaries(self, state: dict | None, padding: Int[Tensor, "b"] | None, **new: Num[Tensor, "b _ t _"]):
+        """Keys and values of all blocks that have ended. The state keeps them, and the tokens of those that haven't.
+
+        In the state, block i of every text lies from i · stride on, give or take less than a stride: texts that don't
+        begin at a multiple of it are moved up by what is left, and a block is kept when it has ended in each of them.
+        """
+        size, stride = self.compress_block, self.compress_stride
+        ragged, done = 0 if padding is None else stride - 1, 0
         if state is not None:
             tail = part_of(state, "tail", 0)
-            k, v = (torch.cat([tail[name], z], 2) if name in tail else z for name, z in (("k", k), ("v", v)))
-            done = blocks_ended(k.shape[2], size, stride) * stride
-            tail |= {"k": k[:, :, done:].clone(), "v": v[:, :, done:].clone()}
-        first = end - k.shape[2]
+            new = {name: torch.cat([tail[name], z], 2) if name in tail else z for name, z in new.items()}
+            done = blocks_ended(new["k"].shape[2] - ragged, size, stride)
+            tail |= {name: z[:, :, done * stride :].clone() for name, z in new.items()}
+        k, v, at = (moved_up(z, padding if padding is None else padding % stride) for z in new.values())
         k, v = self.compress_k(k), self.compress_v(v)
         if self.rope is not None:
-            at = first + stride * torch.arange(k.shape[2], device=k.device)
-            k = rope(k, *self.rope.angles(at, at_least_float32(k.dtype)))
-        if state is None:
-            return k, v
-        reserve = blocks_ended(state.get("reserve", 0), size, stride)
-        return self.growing.update(part_of(state, "summaries", reserve), k=k, v=v)
+            places = at[:, 0, ::stride, 0][:, : k.shape[2]]
+            k = rope(k, *self.rope.angles(places, at_least_float32(k.dtype)))
+        if state is not None:
+            reserve = blocks_ended(state.get("reserve", 0), size, stride)
+            kept = self.growing.update(part_of(state, "summaries", reserve), k=k[:, :, :done], v=v[:, :, :done])
+            k, v = (
+                kept
+                if padding is None
+                else (torch.cat([a, z[:, :, done:]], 2) for a, z in zip(kept, (k, v), strict=True))
+            )
+        return tuple(moved_up(z, padding if padding is None else padding // stride) for z in (k, v))
 
-    def _choose(self, weights: Float[Tensor, "b h t n"], length: int) -> Int[Tensor, "b g t k"]:
+    def _choose(
+        self, weights: Float[Tensor, "b h t n"], length: int, padding: Int[Tensor, "b"] | None = None
+    ) -> Int[Tensor, "b g t k"]:
         """The blocks each query reads, from the compressed branch's weights."""
         shared = weights.detach().unflatten(1, (self.num_kv_heads, -1)).sum(2)
         covers, strides = self.compress_block // self.compress_stride, self.select_block // self.compress_stride
@@ -277,7 +336,7 @@ class NSA(nn.Module):
         # each stride takes the weights of the `covers` summaries that it is part of
         by_stride = F.pad(shared, (covers - 1, blocks * strides - shared.shape[-1])).unfold(-1, covers, 1).sum(-1)
         importance = by_stride.unflatten(-1, (blocks, strides)).sum(-1)
-        return choose(importance, self.num_selected, self.select_block, length, first=1, local=2)
+        return choose(importance, self.num_selected, self.select_block, length, padding=padding, first=1, local=2)
 
 
 @op
