@@ -70,6 +70,13 @@ def _selected_attention_work(masked, q, k, v, chosen, *, block_size=1, **_) -> i
     return 2 * b * h * pairs * (d + v.shape[-1])
 
 
+def _unchosen(q, k, v, chosen, *, block_size=1, **_) -> int:
+    """How many keys before its own one query leaves unread. Its own block is one of the chosen, but single keys may all
+    be of the past. Heads that share keys are counted as if no two chose the same block of the past."""
+    past, choices = (k.shape[2] - 1) // block_size, max(1, chosen.shape[1] // k.shape[1])
+    return (past - min(past, choices * (chosen.shape[-1] - (block_size > 1)))) * block_size
+
+
 def _compressed_attention_work(masked, q, k, v, *, length, block_size, stride, **_) -> int:
     (b, h, t, d), n = q.shape, k.shape[2]
     ended = sum(blocks_ended(i, block_size, stride) for i in range(length - t + 1, length + 1))
@@ -272,6 +279,65 @@ def cache(
     return sum(sizes[block.layer] for block in model.layers)
 
 
+@torch.no_grad()
+def cache_read(
+    config: ModelConfig, context: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16, memory: int = 0
+) -> int:
+    """Bytes that one more token behind `context` others for each sequence reads of the caches.
+
+    That is all they hold, but of keys and values among which a layer chooses (MoBA, NSA, DSA) the chosen alone: DSA
+    reads its indexer's keys whole, and MoBA its own, for it keeps no means of them. A layer that borrows keys and
+    values reads them again.
+    """
+    require(context >= 1, f"context is {context}; there is a cache to read after at least one token")
+    model = skeleton(config, dtype)
+    state, sizes, reads = model.new_state(reserve=context), {}, _Reads()
+    earlier, now = (_context(model, batch, n, memory) for n in (context, 1))
+    for block, kept in zip(model.layers, state, strict=True):
+        if block.layer not in sizes:
+            _mix(block, earlier.embeddings, kept, earlier)
+            reads.bytes = reads.held = state_bytes([kept]) - _unfilled(kept)
+            with metered(reads):
+                _mix(block, now.embeddings, kept, now)
+            sizes[block.layer] = reads.bytes
+    return sum(sizes[block.layer] for block in model.layers)
+
+
+class _Reads:
+    """A meter that takes from `bytes` what the ops of a layer's step leave of the `held` ones, and adds what another
+    layer holds and they read."""
+
+    def __init__(self):
+        self.bytes, self.held, self.known, self.whole = 0, 0, [], []
+
+    def __call__(self, op, args, kwargs):
+        if op.name == "mean_key_scores":
+            self.whole.append(args[1])
+        if op.name == "selected_attention":
+            parts = {id(x): x for x in args[1:3] if not any(x is y for y in self.whole)}.values()
+            self.bytes -= sum(x.nbytes // x.shape[2] for x in parts) * _unchosen(*args, **kwargs)
+        if op.name == "attention":
+            self._attention(args[1], kwargs.get("window"))
+        return op.run(*args, **kwargs)
+
+    def _attention(self, k: Tensor, window: int | None) -> None:
+        owner = next((held for known, held in self.known if known is k), None)
+        if owner is None:
+            self.known.append((k, self.held))
+        else:
+            cached = k.shape[2] - 1
+            self.bytes += owner if window is None else owner * min(cached, window - 1) // cached
+
+
+def _unfilled(state) -> int:
+    """Bytes of the slots that no token has filled yet."""
+    if not isinstance(state, dict):
+        return 0
+    buffers = [x for x in state.values() if isinstance(x, Tensor) and x.ndim == 4] if "length" in state else []
+    empty = sum(x.nbytes // x.shape[2] * max(0, x.shape[2] - state["length"]) for x in buffers)
+    return empty + sum(_unfilled(x) for x in state.values())
+
+
 def cache_per_token(
     config: ModelConfig, length: int = 4096, dtype: torch.dtype = torch.bfloat16, memory: int = 0
 ) -> float:
@@ -315,11 +381,10 @@ def prefill(
 def decode(
     config: ModelConfig, context: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16, memory: int = 0
 ) -> Step:
-    """One more token behind `context` others for each sequence: the weights are read once, every cache whole.
+    """One more token behind `context` others for each sequence: the weights are read once, the caches by `cache_read`.
 
     Of routed experts a batch touches at most batch · top_k; this counts those, as if no two tokens shared one. Of the
     embedding it reads one row for each token, of learned positions one, and of cross-attention no map of the memory.
-    Sparse attention reads less of its cache than this says.
     """
     parts, active = parameters(config), parameters(config, active=True)
     touched = min(parts.ffn, active.ffn + (batch - 1) * _routed(config))
@@ -328,7 +393,7 @@ def decode(
     return Step(
         batch * flops(config, 1, context, memory=memory).total,
         weights * dtype.itemsize,
-        cache(config, context, batch, dtype, memory),
+        cache_read(config, context, batch, dtype, memory),
     )
 
 

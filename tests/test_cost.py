@@ -106,7 +106,24 @@ def test_what_layers_share_is_there_when_they_are_counted(config):
                 model(torch.zeros(1, time, dtype=torch.long), state)
         assert cost.flops(config, time, cached, masked=False).total == theirs.get_total_flops()
         assert cost.cache(config, cached + time, dtype=torch.float32) == cost.state_bytes(state)
-    assert cost.decode(config, 9).bytes < cost.prefill(config, 9).bytes
+
+
+@pytest.mark.parametrize("cache", ["float", "int8"])
+@pytest.mark.parametrize(("given", "taken", "read"), [(None, None, 40), (None, 6, 5), (6, 6, 6)])
+def test_layers_that_borrow_keys_read_them_again(given, taken, read, cache):
+    """As Brandon et al. say of sharing between layers (arXiv:2405.12981): it saves memory, not what a step reads."""
+    giver = ATTENTION.replace(window=given, kv_name="a", cache=cache)
+    taker = ATTENTION.replace(window=taken, kv_from="a", cache=cache)
+    row = 2 * 2 * (8 * 2 if cache == "float" else 8 + 4)
+    own = (given or 40) * row
+    assert cost.cache(small(giver, taker, taker), 40) == own
+    assert cost.decode(small(giver, taker, taker), 40).cache_bytes == own + 2 * read * row
+
+
+def test_slots_that_no_token_has_filled_are_not_read():
+    config = small(ATTENTION.replace(window=16))
+    assert cost.decode(config, 5).cache_bytes == 5 * 2 * 2 * 8 * 2 < cost.cache(config, 5)
+    assert cost.decode(config, 50).cache_bytes == cost.cache(config, 50)
 
 
 @pytest.mark.parametrize("d_memory", [None, 48])
@@ -213,5 +230,7 @@ def test_impossible_requests():
         cost.flops(small(), 0)
     with pytest.raises(ConfigError, match="length is 0"):
         cost.cache(small(), 0)
+    with pytest.raises(ConfigError, match="context is 0"):
+        cost.decode(small(), 0)
     with pytest.raises(ConfigError, match="no preset 'llama-3-9b'; the nearest are llama-3-8b"):
         presets.get("llama-3-9b")

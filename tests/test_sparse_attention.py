@@ -27,7 +27,7 @@ from llmlib.errors import ConfigError
 from llmlib.ffn import SwiGLU
 from llmlib.model import CausalLM, Layer, ModelConfig, spec
 from llmlib.norm import RMSNorm
-from llmlib.ops import kernels
+from llmlib.ops import kernels, metered
 
 torch.set_num_threads(1)
 double = {"dtype": torch.float64}
@@ -549,6 +549,60 @@ def test_cache_sizes():
         assert cost.cache_per_token(config_of(SPECS[kind], 1), 600) == size * 2
     # beyond that NSA's window holds 3 tokens, and 2 wait with their places for a block to end; 299 summaries
     assert cost.cache(config_of(SPECS["nsa"], 1), 600) == 2 * 2 * 8 * (600 + 299 + 3 + 2) * 2 + 2 * 8
+
+
+def rows_of(state):
+    """(tensor, head, slot) for each vector of floats in a state."""
+    for part in state.values():
+        if isinstance(part, dict):
+            yield from rows_of(part)
+        elif isinstance(part, torch.Tensor) and part.is_floating_point():
+            yield from ((part, g, i) for g in range(part.shape[1]) for i in range(part.shape[2]))
+
+
+def read_by_a_step(layer, x, context):
+    """Bytes of the cache that a step looks at: change any, and what one of its ops gives changes."""
+    state = {"reserve": context}
+    layer(x[:, :context], state)
+
+    def results():
+        found = []
+
+        def meter(op, args, kwargs):
+            found.append(op.run(*args, **kwargs))
+            return found[-1]
+
+        with metered(meter):
+            layer(x[:, context:], copy.deepcopy(state))
+        return [y for y in found for y in (y if isinstance(y, tuple) else (y,))]
+
+    usual, read = results(), 0
+    for tensor, g, i in rows_of(state):
+        kept = tensor[:, g, i].clone()
+        for _ in range(9):  # a ReLU may hide a change
+            tensor[:, g, i] = kept + torch.randn_like(kept)
+            if moved := any(not torch.equal(a, b) for a, b in zip(usual, results(), strict=True)):
+                break
+        tensor[:, g, i] = kept
+        read += kept.nbytes * moved
+    return read
+
+
+@every_kind
+def test_a_step_reads_of_the_cache_what_it_chose(kind):
+    """At the 36th token blocks of NSA end; its ring gives one slot away, and the places that wait are no floats."""
+    config, x = config_of(SPECS[kind], 1), text(36, b=1)
+    layer = CausalLM(config.replace(init_std=0.3)).double().layers[0].mixer
+    with torch.no_grad():
+        read, counted = read_by_a_step(layer, x, 35), cost.cache_read(config, 35, dtype=torch.float64)
+    aside = {"nsa": 2 * 2 * 8 * 8 + 3 * 8, "nsa, no overlap": 2 * 2 * 8 * 8 + 2 * 8}.get(kind, 0)
+    if kind == "moba":  # two heads share keys, and may choose the same block
+        most = 2 * 35 * 8 + 2 * (2 * 4 + 3) * 8
+        assert counted == 8 * most >= read >= counted - 8 * 2 * 4 * 8
+    else:  # and DSA may have chosen the token itself
+        assert read in (counted - aside, counted - 20 * 8 * kind.startswith("dsa"))
+    assert counted < cost.cache(config, 35, dtype=torch.float64)
+    assert cost.decode(config, 35, 3).cache_bytes == cost.cache_read(config, 35, 3) == 3 * cost.cache_read(config, 35)
 
 
 @pytest.mark.parametrize(("time", "cached"), [(29, 0), (7, 0), (1, 28), (4, 21)])

@@ -138,10 +138,14 @@ class MoBA(Attention):
         return selected_attention(q, k, v, chosen, block_size=self.block_size, padding=padding, mask=mask)
 
 
+@op
 def mean_key_scores(
     q: Float[Tensor, "b h t d"], k: Float[Tensor, "b g s d"], block_size: int
 ) -> Float[Tensor, "b h t n"]:
-    """q · mean(k) for each block that is complete, and 0 for one at the end that isn't; in float32 or better."""
+    """q · mean(k) for each block that is complete, and 0 for one at the end that isn't; in float32 or better.
+
+    MoBA's score of a block, arXiv:2502.13189; it reads every key.
+    """
     full, wide, groups = k.shape[2] // block_size, at_least_float32(q.dtype), k.shape[1]
     means = k[:, :, : full * block_size].to(wide).unflatten(2, (full, block_size)).mean(3)
     scores = torch.einsum("bgrtd,bgnd->bgrtn", q.to(wide).unflatten(1, (groups, -1)), means).flatten(1, 2)

@@ -67,6 +67,16 @@ def indexer(dtype, device):
     return tuple(x.to(device, dtype) for x in (q, k, weights)), {}
 
 
+def blocks(t=9, s=None, block_size=3):
+    """The last block is cut, unless s is a multiple of block_size."""
+
+    def example(dtype, device):
+        (q, k, _), _ = heads(g=2, t=t, s=s)(dtype, device)
+        return (q, k, block_size), {}
+
+    return example
+
+
 EXAMPLES = {
     "attention": [
         heads(),
@@ -125,4 +135,5 @@ EXAMPLES = {
         summaries(length=20, block_size=3, stride=3),
     ],
     "index_scores": [indexer],
+    "mean_key_scores": [blocks(), blocks(t=1, s=11), blocks(t=2, s=2)],
 }
