@@ -7,18 +7,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmlib.errors import require, require_counts
+from llmlib.errors import require, require_counts, require_positive
 from llmlib.norm import init_linears_
 from llmlib.ops import available, op
 
 
 def relu2(x: Tensor) -> Tensor:
-    """max(x, 0)². So et al., "Primer", arXiv:2109.08668."""
+    """max(x, 0)². So et al., "Primer: Searching for Efficient Transformers for Language Modeling", arXiv:2109.08668."""
     return F.relu(x).square()
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x Φ(x), Φ the distribution function of the standard normal. Hendrycks and Gimpel, arXiv:1606.08415."""
+    """x Φ(x), Φ the distribution function of the standard normal: Hendrycks and Gimpel, "Gaussian Error Linear Units",
+    arXiv:1606.08415."""
     return F.gelu(x)
 
 
@@ -28,7 +29,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x σ(1.702 x), the coarser approximation of the same paper."""
+    """x σ(1.702 x), the coarser approximation of GELU in Hendrycks and Gimpel, "Gaussian Error Linear Units",
+    arXiv:1606.08415."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -125,6 +127,7 @@ def glu_width(d_model: int, *, multiple_of: int = 256, multiplier: float = 1.0) 
     Three matrices of width 8/3 d hold as many numbers as two of width 4 d: 3 · (8/3) = 2 · 4.
     """
     require_counts(d_model=d_model, multiple_of=multiple_of)
+    require_positive(multiplier=multiplier)
     width = int(multiplier * (8 * d_model // 3))
     return multiple_of * -(-width // multiple_of)
 
@@ -138,7 +141,7 @@ class MLP(nn.Module):
     def __init__(self, d_model: int, *, d_ff: int, activation: str = "gelu", bias: bool = True):
         super().__init__()
         require(activation in ACTIVATIONS, f"activation is {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
-        require(d_ff >= 1, f"d_ff is {d_ff}, and must be at least 1")
+        require_counts(d_ff=d_ff)
         self.activation = activation
         self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
         self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
@@ -161,7 +164,7 @@ class GLU(nn.Module):
     def __init__(self, d_model: int, *, d_ff: int, activation: str = "sigmoid", bias: bool = False):
         super().__init__()
         require(activation in ACTIVATIONS, f"activation is {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
-        require(d_ff >= 1, f"d_ff is {d_ff}, and must be at least 1")
+        require_counts(d_ff=d_ff)
         self.activation = activation
         self.gate_proj = nn.Linear(d_model, d_ff, bias=bias)
         self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
@@ -202,7 +205,7 @@ class ClampedSwiGLU(GLU):
 
     def __init__(self, d_model: int, *, d_ff: int, alpha: float = 1.702, limit: float = 7.0, bias: bool = False):
         super().__init__(d_model, d_ff=d_ff, activation="silu", bias=bias)
-        require(limit > 0, f"limit is {limit}, and must be above 0")
+        require_positive(limit=limit)
         self.alpha, self.limit = alpha, limit
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:

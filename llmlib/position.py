@@ -52,7 +52,7 @@ def _rope_complex(x, cos, sin, *, interleaved=False):  # noqa: ARG001
 def rope_frequencies(dim: int, theta: float = 10000.0) -> Float[Tensor, "r"]:
     """θᵢ = theta^(−2i/dim), i = 0 … dim/2 − 1: radians per position of each pair, in float64."""
     require(dim > 0 and dim % 2 == 0, f"RoPE turns pairs, so its width must be even and above 0; it is {dim}")
-    require(theta > 0, f"rope_theta is {theta}, and must be above 0")
+    require_positive(rope_theta=theta)
     return float(theta) ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
 
 
@@ -111,8 +111,12 @@ def yarn_scaling(
     Peng et al., arXiv:2309.00071.
     """
     require_positive(
-        original_max_position_embeddings=original_max_position_embeddings, beta_fast=beta_fast, beta_slow=beta_slow
+        original_max_position_embeddings=original_max_position_embeddings,
+        beta_fast=beta_fast,
+        beta_slow=beta_slow,
+        attention_factor=attention_factor,
     )
+    require(beta_fast >= beta_slow, f"beta_fast = {beta_fast} must be at least beta_slow = {beta_slow}")
     require(theta > 1, f"rope_theta is {theta}, and YaRN's ramp over the pairs needs one above 1")
     frequencies = rope_frequencies(dim, theta)
     low, high = (
@@ -156,6 +160,7 @@ def longrope_scaling(
         require(len(factors) == dim // 2, f"{name} has {len(factors)} numbers, and {dim // 2} pairs turn")
         require(min(factors) > 0, f"{name} has {min(factors)} in it, and each number must be above 0")
     require(factor is not None or attention_factor is not None, "longrope needs `factor` or `attention_factor`")
+    require_positive(attention_factor=attention_factor)
     require(
         original_max_position_embeddings > 1,
         f"original_max_position_embeddings is {original_max_position_embeddings}, and must be above 1",
@@ -182,11 +187,11 @@ def llama3_scaling(
     """Llama 3.1: pairs with more than `high_freq_factor` turns in the original length stay, those with fewer than
     `low_freq_factor` are divided by `factor`, between them the two are mixed, linearly in the turns. arXiv:2407.21783.
     """
+    require_positive(original_max_position_embeddings=original_max_position_embeddings, low_freq_factor=low_freq_factor)
     require(
         high_freq_factor > low_freq_factor,
         f"high_freq_factor = {high_freq_factor} must be above low_freq_factor = {low_freq_factor}",
     )
-    require_positive(original_max_position_embeddings=original_max_position_embeddings)
     frequencies = rope_frequencies(dim, theta)
     turns = original_max_position_embeddings * frequencies / (2 * math.pi)
     keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
@@ -195,7 +200,7 @@ def llama3_scaling(
 
 def at_least_one(factor: float) -> float:
     """`factor`, or a ConfigError: a context isn't extended by less than 1."""
-    require(factor >= 1, f"the RoPE scaling factor is {factor}, and must be at least 1")
+    require(1 <= factor < math.inf, f"the RoPE scaling factor is {factor}, and must be at least 1 and finite")
     return factor
 
 
@@ -327,6 +332,7 @@ def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> Float[Tensor, "h"]:
     the power above, from the first. Press, Smith and Lewis, arXiv:2108.12409.
     """
     require_counts(num_heads=num_heads)
+    require_positive(max_bias=max_bias)
     n = 1 << (num_heads.bit_length() - 1)
     count = torch.arange(1, n + 1, device="cpu")  # real numbers, also in a model built on the meta device
     steps = torch.cat([count / n, (2 * count[: num_heads - n] - 1) / (2 * n)])

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmlib.errors import require
+from llmlib.errors import require, require_counts
 from llmlib.norm import at_least_float32, rms_norm
 
 
@@ -117,7 +117,7 @@ class ManifoldHyperConnections(Connection):
 
     def __init__(self, d_model: int, index: int = 0, *, streams: int = 4, iterations: int = 20):
         super().__init__(streams)
-        require(iterations >= 1, f"iterations is {iterations}, and must be at least 1: with none, mix is any matrix")
+        require_counts(iterations=iterations)
         n, one, self.iterations = streams, torch.eye(streams), iterations
         pre = torch.logit((one[index % n] + 1 / n) / 2, eps=0.01)
         self.static = nn.Parameter(torch.cat((pre, torch.zeros(n), 5 * one.flatten())))

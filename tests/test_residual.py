@@ -404,6 +404,7 @@ def test_yaml_diagram_and_differences(residual):
         (lambda: CausalLM(small(residual=DYNAMIC.replace(streams=0))), r"layers\[0\]: streams is 0, and must be"),
         (lambda: CausalLM(small(residual=MANIFOLD.replace(streams=2.5))), r"layers\[0\]: streams is 2.5"),
         (lambda: CausalLM(small(residual=MANIFOLD.replace(streams=True))), "streams is True"),
+        (lambda: CausalLM(small(residual=MANIFOLD.replace(iterations=2.5))), "iterations is 2.5, and must be a whole"),
         (lambda: CausalLM(small(residual=MANIFOLD.replace(iterations=0))), "iterations is 0, and must be at least 1"),
     ],
 )

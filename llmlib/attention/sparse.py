@@ -18,7 +18,7 @@ from llmlib.attention.functional import attention, both, masked_softmax
 from llmlib.attention.layer import Attention, check_heads, context_mask, make_rope, places_of_new
 from llmlib.attention.mla import MLA
 from llmlib.context import Context
-from llmlib.errors import require
+from llmlib.errors import require, require_counts
 from llmlib.norm import LayerNorm, at_least_float32, init_linears_
 from llmlib.ops import op
 from llmlib.position import rope
@@ -123,8 +123,7 @@ class MoBA(Attention):
 
     def __init__(self, d_model: int, *, num_heads: int, block_size: int, top_k: int, num_kv_heads: int | None = None,
                  head_dim: int | None = None, rope_theta: float | None = None):  # fmt: skip
-        require(block_size >= 1, f"block_size is {block_size}, and a block has at least 1 token")
-        require(top_k >= 1, f"top_k is {top_k}, and must be at least 1: a query's own block is one of them")
+        require_counts(block_size=block_size, top_k=top_k)
         super().__init__(
             d_model, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, rope_theta=rope_theta
         )
@@ -232,17 +231,20 @@ class NSA(nn.Module):
                  window: int = 512, rope_theta: float | None = None):  # fmt: skip
         super().__init__()
         check_heads(d_model, num_heads, num_kv_heads, head_dim)
+        require_counts(
+            compress_block=compress_block, compress_stride=compress_stride, select_block=select_block, window=window
+        )
+        require_counts(num_selected=num_selected)
         require(
-            compress_stride >= 1 and compress_block % compress_stride == 0 and select_block % compress_stride == 0,
+            compress_block % compress_stride == 0 and select_block % compress_stride == 0,
             f"compress_block = {compress_block} and select_block = {select_block} must be multiples of "
             f"compress_stride = {compress_stride}",
         )
         require(
-            1 <= compress_block <= select_block,
-            f"compress_block = {compress_block} must be from 1 to select_block = {select_block}",
+            compress_block <= select_block,
+            f"compress_block = {compress_block} must be at most select_block = {select_block}",
         )
         require(num_selected >= 3, f"num_selected is {num_selected}, and 3 blocks are fixed: the first, the last two")
-        require(window >= 1, f"window is {window}, and a query sees at least itself")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_dim, self.window = head_dim or d_model // num_heads, window
         self.compress_block, self.compress_stride = compress_block, compress_stride
@@ -414,11 +416,10 @@ class DSA(MLA):
             q_latent_dim=q_latent_dim, v_head_dim=v_head_dim, rope_theta=rope_theta,
             rope_interleaved=rope_interleaved, rope_scaling=rope_scaling,
         )  # fmt: skip
-        for name, size in {"top_k": top_k, "index_heads": index_heads}.items():
-            require(size >= 1, f"{name} is {size}, and must be at least 1")
+        require_counts(top_k=top_k, index_heads=index_heads, index_dim=index_dim)
         require(
-            index_dim >= max(1, d_rope),
-            f"index_dim = {index_dim} must be at least 1 and at least d_rope = {d_rope}, the part of it that turns",
+            index_dim >= d_rope,
+            f"index_dim = {index_dim} must be at least d_rope = {d_rope}, the part of it that turns",
         )
         require(
             self.rope is None or not self.rope.grows,
