@@ -212,7 +212,7 @@ def flops(config: ModelConfig, time: int, cached: int = 0, *, masked: bool = Tru
 
     Cross-attention counts as a mixer; `memory` is the length of what it reads, projected once, with the first tokens.
     Training costs three times as much: the backward pass of a product is two products of the same size. For one
-    generated token at context n use flops(config, 1, n - 1).
+    generated token at context n use flops(config, 1, n - 1). ConfigError for a time below 1.
     """
     require(
         time >= 1 and cached >= 0, f"time is {time} and cached {cached}; there must be a token, and no fewer than 0"
@@ -266,7 +266,7 @@ def cache(
 ) -> int:
     """Bytes of keys, values, latents and states after `length` tokens, when room for just so many was reserved.
 
-    Cross-attention keeps the keys and values of a memory of `memory` tokens.
+    Cross-attention keeps the keys and values of a memory of `memory` tokens. ConfigError for a length below 1.
     """
     require(length >= 1, f"length is {length}; a cache needs at least one token")
     model = skeleton(config, dtype)

@@ -24,7 +24,8 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """½ x (1 + tanh(√(2/π) (x + 0.044715 x³))): the approximation that GPT-2 was trained with."""
+    """½ x (1 + tanh(√(2/π) (x + 0.044715 x³))): the approximation that GPT-2 was trained with.
+    Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -124,7 +125,8 @@ def clamped_swiglu(
 def glu_width(d_model: int, *, multiple_of: int = 256, multiplier: float = 1.0) -> int:
     """Llama's width of a GLU: ⌊8/3 d_model⌋ · multiplier, rounded up to a multiple of `multiple_of`.
 
-    Three matrices of width 8/3 d hold as many numbers as two of width 4 d: 3 · (8/3) = 2 · 4.
+    Three matrices of width 8/3 d hold as many numbers as two of width 4 d: 3 · (8/3) = 2 · 4. ConfigError for sizes
+    below 1. Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", arXiv:2302.13971.
     """
     require_counts(d_model=d_model, multiple_of=multiple_of)
     require_positive(multiplier=multiplier)
@@ -136,6 +138,8 @@ class MLP(nn.Module):
     """down_proj(activation(up_proj(x))): the feed-forward of 2017, with d_ff = 4 d_model there.
 
     activation  one of `ACTIVATIONS`; bias  both maps have one
+
+    ConfigError for another activation, and d_ff below 1. Vaswani et al., "Attention Is All You Need", arXiv:1706.03762.
     """
 
     def __init__(self, d_model: int, *, d_ff: int, activation: str = "gelu", bias: bool = True):
@@ -159,6 +163,7 @@ class GLU(nn.Module):
     """down_proj(activation(gate_proj(x)) ⊙ up_proj(x)): one map opens and closes the other (arXiv:2002.05202).
 
     Three matrices where the plain kind has two, so equal parameters need ⅔ of its width: see `glu_width`.
+    ConfigError for an activation that isn't one of `ACTIVATIONS`, and d_ff below 1.
     """
 
     def __init__(self, d_model: int, *, d_ff: int, activation: str = "sigmoid", bias: bool = False):
@@ -187,21 +192,21 @@ class SwiGLU(GLU):
 
 
 class GeGLU(GLU):
-    """GLU with GELU, exact unless `tanh` (Gemma has the tanh form)."""
+    """GLU with GELU, exact unless `tanh` (Gemma has the tanh form); arXiv:2002.05202."""
 
     def __init__(self, d_model: int, *, d_ff: int, tanh: bool = False, bias: bool = False):
         super().__init__(d_model, d_ff=d_ff, activation="gelu_tanh" if tanh else "gelu", bias=bias)
 
 
 class ReGLU(GLU):
-    """GLU with ReLU."""
+    """GLU with ReLU; arXiv:2002.05202."""
 
     def __init__(self, d_model: int, *, d_ff: int, bias: bool = False):
         super().__init__(d_model, d_ff=d_ff, activation="relu", bias=bias)
 
 
 class ClampedSwiGLU(GLU):
-    """The GLU of gpt-oss: see `clamped_swiglu`."""
+    """The GLU of gpt-oss: see `clamped_swiglu`. ConfigError for a limit that isn't above 0; arXiv:2508.10925."""
 
     def __init__(self, d_model: int, *, d_ff: int, alpha: float = 1.702, limit: float = 7.0, bias: bool = False):
         super().__init__(d_model, d_ff=d_ff, activation="silu", bias=bias)

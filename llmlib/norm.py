@@ -234,7 +234,10 @@ def deepnorm(num_layers: int, *, encoder_layers: int = 0) -> tuple[float, float]
 
 
 def deepnorm_encoder(encoder_layers: int, decoder_layers: int) -> tuple[float, float]:
-    """DeepNorm's (α, β) for the encoder under a decoder: α = 0.81 (N⁴M)^(1/16), β = 0.87 (N⁴M)^(−1/16)."""
+    """DeepNorm's (α, β) for the encoder under a decoder: α = 0.81 (N⁴M)^(1/16), β = 0.87 (N⁴M)^(−1/16).
+
+    arXiv:2203.00555, table 2. ConfigError for fewer layers than 1.
+    """
     require_counts(encoder_layers=encoder_layers, decoder_layers=decoder_layers)
     size = (encoder_layers**4 * decoder_layers) ** (1 / 16)
     return 0.81 * size, 0.87 / size

@@ -50,7 +50,10 @@ def _rope_complex(x, cos, sin, *, interleaved=False):  # noqa: ARG001
 
 
 def rope_frequencies(dim: int, theta: float = 10000.0) -> Float[Tensor, "r"]:
-    """θᵢ = theta^(−2i/dim), i = 0 … dim/2 − 1: radians per position of each pair, in float64."""
+    """θᵢ = theta^(−2i/dim), i = 0 … dim/2 − 1: radians per position of each pair, in float64.
+
+    ConfigError for an odd `dim` and a `theta` that isn't above 0. Su et al., "RoFormer", arXiv:2104.09864.
+    """
     require(dim > 0 and dim % 2 == 0, f"RoPE turns pairs, so its width must be even and above 0; it is {dim}")
     require_positive(rope_theta=theta)
     return float(theta) ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
@@ -81,7 +84,7 @@ def _ntk_power(dim: int) -> float:
 def dynamic_scaling(dim: int, theta: float, length: Tensor, *, factor: float, original_max_position_embeddings: int):
     """Dynamic NTK: NTK-aware with a factor that grows with the text, factor · length / original − (factor − 1).
 
-    Within the original length nothing changes.
+    Within the original length nothing changes. From emozilla's post of 2023; described in YaRN, arXiv:2309.00071.
     """
     require_positive(original_max_position_embeddings=original_max_position_embeddings)
     beyond = (length.to(torch.float64) / original_max_position_embeddings).clamp(min=1)
@@ -138,7 +141,8 @@ def yarn_scaling(
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """0.1 · mscale · ln(factor) + 1, or 1 for a factor that doesn't stretch."""
+    """0.1 · mscale · ln(factor) + 1, or 1 for a factor that doesn't stretch. YaRN, arXiv:2309.00071; mscale is
+    DeepSeek-V2's, arXiv:2405.04434."""
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
@@ -220,6 +224,9 @@ class RoPE:
     dim      how many numbers of a head turn (even)
     theta    the base: pair i turns by theta^(−2i/dim) radians per token
     scaling  {"type": name of one of `SCALINGS`, **its options}, the options named as in published configs
+
+    ConfigError for an odd or empty `dim`, an unknown type or option, one that is missing, and factors below 1.
+    Su et al., "RoFormer", arXiv:2104.09864.
     """
 
     def __init__(self, dim: int, theta: float = 10000.0, scaling: Mapping | None = None):
@@ -402,6 +409,8 @@ class LearnedPosition(nn.Module):
     """x + P[position]: one learned vector for each position, and none beyond the table (GPT-2, OPT).
 
     offset  rows of the table before the one for position 0 (OPT has 2)
+
+    Gehring et al., "Convolutional Sequence to Sequence Learning", arXiv:1705.03122.
     """
 
     undecayed = ("weight",)
@@ -415,6 +424,7 @@ class LearnedPosition(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
+        """From N(0, std²)."""
         nn.init.normal_(self.weight, 0, std)
 
     def forward(self, x: Float[Tensor, "b t d"], positions: Int[Tensor, "*b t"]) -> Float[Tensor, "b t d"]:

@@ -39,7 +39,8 @@ def _require_same_text(state: dict, new: dict[str, Tensor], slots: range) -> Non
 class GrowingCache:
     """Keeps every token. Buffers are preallocated and double when full; `state["reserve"]` sizes the first ones.
 
-    state[name] is (b g capacity ·), filled up to state["length"].
+    state[name] is (b g capacity ·), filled up to state["length"], both in tokens. ValueError for the state of another
+    layer or batch.
     """
 
     def update(self, state: dict, **new: Num[Tensor, "b _ t _"]) -> tuple[Num[Tensor, "b _ s _"], ...]:
@@ -69,7 +70,10 @@ class GrowingCache:
 
 
 class RingCache(GrowingCache):
-    """Keeps the last `window` tokens in a ring: token i lives in slot i mod window, whatever the length of the text."""
+    """Keeps the last `window` tokens in a ring: token i lives in slot i mod window, whatever the length of the text.
+
+    state[name] is (b g window ·). Jiang et al., "Mistral 7B", arXiv:2310.06825, the rolling buffer.
+    """
 
     def __init__(self, window: int):
         self.window = window

@@ -39,7 +39,7 @@ def to_grouped(attention: Attention, num_kv_heads: int) -> Attention:
 
 @torch.no_grad()
 def max_logits(layer: Attention | MLA, x: Float[Tensor, "b t d"]) -> Float[Tensor, "h"]:
-    """Each head's largest score, scale · q·k, over the visible pairs of a text."""
+    """Each head's largest score, scale · q·k before any soft cap, over the visible pairs of a text; for `qk_clip_`."""
     q, k = layer.queries_keys(x)
     scale = q.shape[-1] ** -0.5 if layer.scale is None else layer.scale
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
@@ -55,7 +55,8 @@ def qk_clip_(layer: Attention | MLA, logits: Float[Tensor, "h"], limit: float = 
 
     Queries and keys take √γ each. In MLA the rotary key is shared by all heads, so there the query takes γ whole. Keys
     shared by a group take the root of the group's smallest γ, and each query the rest of its own.
-    Kimi K2's MuonClip, arXiv:2507.20534.
+    ConfigError for a limit of 0 or less, and for a layer with a QK-norm.
+    MuonClip of "Kimi K2: Open Agentic Intelligence", arXiv:2507.20534.
     """
     require(limit > 0, f"limit is {limit}, and must be above 0")
     gamma = torch.where(logits > limit, limit / logits, 1.0)

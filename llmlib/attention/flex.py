@@ -29,7 +29,8 @@ def flex(
     """Attention by `kernel`, torch's flex_attention, compiled or not.
 
     A sink only adds to the sum under a row: with L the logarithm of that sum without it, the output shrinks by
-    exp(L) / (exp(L) + exp(sink)) = σ(L − sink).
+    exp(L) / (exp(L) + exp(sink)) = σ(L − sink). Shapes, options and errors are `attention`'s.
+    Dong et al., "Flex Attention", arXiv:2412.05496.
     """
     from torch.nn.attention.flex_attention import AuxRequest
 

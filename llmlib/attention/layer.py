@@ -39,6 +39,10 @@ class Attention(nn.Module):
     cache             "float" keeps keys and values as they are, "int8" in 8 bits with a scale per token and head
     kv_name, kv_from  give this layer's keys and values a name, or use those of the layer so named (arXiv:2405.05254)
     d_out             width of the output, if not d_model
+
+    ConfigError for heads that don't divide, sizes below 1, odd rope_dim, a context that doesn't cover the text, and for
+    a state where not causal; ValueError for the state of another layer or batch.
+    Vaswani et al., "Attention Is All You Need", arXiv:1706.03762; grouped: Ainslie et al., "GQA", arXiv:2305.13245.
     """
 
     def __init__(
@@ -247,7 +251,8 @@ class CrossAttention(Attention):
     d_memory  width of the memory, if not d_model
 
     The other options are `Attention`'s. context.shared["memory_valid"] (b m), if there, is False on padding. The state
-    keeps the keys and values of the first call's memory.
+    keeps the keys and values of the first call's memory. ConfigError without a memory.
+    Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, section 3.2.3.
     """
 
     def __init__(self, d_model: int, *, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None,

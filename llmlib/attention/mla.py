@@ -32,6 +32,9 @@ class MLA(nn.Module):
     scale          1/√(head_dim + d_rope), times YaRN's mscale² where rope_scaling has mscale_all_dim, unless given
     absorb         True or False forces a form; None takes the one with fewer multiplications
     cache          "float" or "int8"
+
+    Kept for each token: kv_latent_dim + d_rope numbers. ConfigError for sizes below 1 and an odd d_rope.
+    "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model", arXiv:2405.04434.
     """
 
     def __init__(

@@ -44,6 +44,7 @@ def selected_attention(
     mask, scale  see `attention`
 
     A fused kernel does t · n · B pairs per head; this one does all t · s. ConfigError when c doesn't divide h.
+    By blocks: MoBA, arXiv:2502.13189, and NSA, arXiv:2502.11089; by tokens: DeepSeek-V3.2, arXiv:2512.02556.
     """
     h, s, c = q.shape[1], k.shape[2], chosen.shape[1]
     require(h % c == 0, f"{c} choices of blocks don't divide {h} query heads: make one for all, a group or a head")
@@ -362,6 +363,7 @@ def indexer_loss(scores: Float[Tensor, "b 1 t s"], weights: Float[Tensor, "b h t
     """KL(p ‖ softmax I), the mean over queries, in nats: p is attention's weights summed over heads and normalised.
 
     `scores` are −inf where a query can't look, or at all keys that it didn't choose. `weights` get no gradient.
+    DeepSeek-V3.2, arXiv:2512.02556.
     """
     p = weights.detach().sum(1, keepdim=True)
     p = p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
