@@ -325,7 +325,7 @@ class _Reads:
         if owner is None:
             self.known.append((k, self.held))
         else:
-            cached = k.shape[2] - 1
+            cached = max(1, k.shape[2] - 1)
             self.bytes += owner if window is None else owner * min(cached, window - 1) // cached
 
 

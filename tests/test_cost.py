@@ -108,8 +108,11 @@ def test_what_layers_share_is_there_when_they_are_counted(config):
         assert cost.cache(config, cached + time, dtype=torch.float32) == cost.state_bytes(state)
 
 
+BORROWED = [(None, None, 40), (None, 6, 5), (6, 6, 6), (None, 1, 0), (1, 1, 1)]  # window given, taken, keys read
+
+
 @pytest.mark.parametrize("cache", ["float", "int8"])
-@pytest.mark.parametrize(("given", "taken", "read"), [(None, None, 40), (None, 6, 5), (6, 6, 6)])
+@pytest.mark.parametrize(("given", "taken", "read"), BORROWED)
 def test_layers_that_borrow_keys_read_them_again(given, taken, read, cache):
     """As Brandon et al. say of sharing between layers (arXiv:2405.12981): it saves memory, not what a step reads."""
     giver = ATTENTION.replace(window=given, kv_name="a", cache=cache)
