@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from llmlib.moe import (
     statistics,
     upcycle,
 )
+from llmlib.moe.gated import _ByExpert, _spare
 from llmlib.norm import RMSNorm
 from llmlib.ops import kernels, record
 from llmlib.train import spared_from_decay
@@ -886,6 +888,20 @@ def test_shapes_that_do_not_fit_are_named():
         expert_linear(x[:, :7], W, torch.tensor([2, 1, 1]))
 
 
+@pytest.mark.parametrize("kernel", ["reference", "by_expert"])
+def test_gated_experts_that_do_not_fit_are_named(kernel):
+    x, (gate, up, down), even = torch.randn(24, 16), gated_weights(), torch.tensor([8, 8, 8])
+    with kernels(kernel):
+        for counts in ([12, 12], [8, 8, 4, 4]):
+            with pytest.raises(ConfigError, match=f"counts has {len(counts)} entries for the 3 experts"):
+                expert_swiglu(x, gate, up, down, torch.tensor(counts))
+        for weights in ((gate, up[:2], down), (gate, up[:, :4], down), (gate, up, down[:, :8])):
+            with pytest.raises(ConfigError, match=r"gate \(3, 8, 16\), up .* and down .* don't fit together"):
+                expert_swiglu(x, *weights, even)
+        with pytest.raises(ConfigError, match=r"rows of 16, and weight \(3, 8, 8\) takes rows of 8"):
+            expert_swiglu(x, gate[..., :8], up[..., :8], down[:, :8], even)
+
+
 def compiled_equals_eager():
     for options in ({}, dict(load_balance_alpha=0.1, num_shared_experts=1), dict(expert=EXPERTS["glu with biases"])):
         torch._dynamo.reset()
@@ -956,8 +972,6 @@ def test_gradients_add_up_over_backward_passes():
 
 
 def test_the_memory_of_gradients_goes_with_the_weights():
-    from llmlib.moe.gated import _spare
-
     weights = gated_weights()
     others = len(_spare)
     swiglu_backward("by_expert", torch.randn(24, 16), weights)
@@ -971,6 +985,54 @@ def test_the_memory_of_gradients_goes_with_the_weights():
     assert len(_spare) == others
     del held, twin  # a gradient that outlives its weight
     assert len(_spare) == others
+
+
+def gradients_by(kernel: str, x, weights, inputs):
+    with kernels(kernel):
+        return torch.autograd.grad(expert_swiglu(x, *weights, torch.tensor([3, 17, 4])).square().sum(), inputs)
+
+
+def test_weights_that_are_no_leaves_get_their_own_gradients():
+    """One weight used twice, a transposed one, and pieces cut from a vector at each step, whose ids come back."""
+    x, (gate, _, down) = torch.randn(24, 16), gated_weights()
+    sideways, flat = nn.Parameter(down.detach().mT), nn.Parameter(0.3 * torch.randn(3 * gate.numel()))
+    for _ in range(20):
+        parts = [part.view(w.shape) for part, w in zip(flat.chunk(3), (gate, gate, down), strict=True)]
+        cases = ((gate, gate, down), (gate, down)), ((gate, sideways, down), (gate, sideways, down)), (parts, (flat,))
+        for weights, inputs in cases:
+            found, expected = (gradients_by(kernel, x, weights, inputs) for kernel in ("by_expert", "reference"))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_two_backward_passes_of_one_graph_do_not_share_memory():
+    x, weights = torch.randn(24, 16), gated_weights()
+    gradients_by("by_expert", x, weights, weights)  # leaves memory to use again
+    with kernels("by_expert"):
+        y = expert_swiglu(x, *weights, torch.tensor([3, 17, 4]))
+    first = torch.autograd.grad(y.sum(), weights, retain_graph=True)
+    copies = [g.clone() for g in first]
+    second = torch.autograd.grad(3 * y.sum(), weights)
+    torch.testing.assert_close(first, tuple(copies), rtol=0, atol=0)
+    torch.testing.assert_close(second, tuple(3 * g for g in first), rtol=1e-4, atol=1e-3)
+
+
+def test_threads_that_share_weights_get_their_own_gradients():
+    weights, wrong = gated_weights(), []
+
+    def work():
+        for _ in range(50):
+            x = torch.randn(24, 16)
+            found = torch.autograd.grad(_ByExpert.apply(x, *weights, [3, 17, 4]).square().sum(), weights)
+            y = expert_swiglu.reference(x, *weights, torch.tensor([3, 17, 4]))
+            for a, b in zip(found, torch.autograd.grad(y.square().sum(), weights), strict=True):
+                wrong.append(not torch.allclose(a, b, rtol=1e-4, atol=1e-3))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 4 * 50 * 3 and not any(wrong)
 
 
 @pytest.mark.parametrize("frozen", range(3))
