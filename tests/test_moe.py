@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from llmlib.attention import Attention
+from llmlib.context import Context
 from llmlib.cost import flops
 from llmlib.errors import ConfigError
 from llmlib.ffn import GLU, MLP, SwiGLU
@@ -749,6 +751,120 @@ def test_stacked_biases_are_free_of_decay():
     moe = make(expert=EXPERTS["glu with biases"], router=spec(TopKRouter, bias=True))
     biases = {name for name, _ in moe.named_parameters() if name.endswith("bias")}
     assert len(biases) == 4 and biases <= spared_from_decay(moe)
+
+
+# --- padding ----------------------------------------------------------------------------------------------------------
+
+
+def padded(texts, value=math.nan):
+    """Texts of other lengths in one batch, padding on the left, and where it isn't; no product survives NaN."""
+    longest = max(map(len, texts))
+    rows = [F.pad(text, (0, 0, longest - len(text), 0), value=value) for text in texts]
+    valid = torch.arange(longest) >= longest - torch.tensor([[len(text)] for text in texts])
+    return torch.stack(rows), valid
+
+
+def texts_of(*lengths):
+    return [torch.randn(n, 16, dtype=torch.float64) for n in lengths]
+
+
+ROUTERS = {
+    "softmax": spec(TopKRouter),
+    "softmax_of_top_k": spec(TopKRouter, scoring="softmax_of_top_k"),
+    "sigmoid": spec(TopKRouter, scoring="sigmoid", norm_topk_prob=True, correction_bias=True, n_group=2),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_padding_is_left_out(name):
+    """Each text's result and its gradient as alone; 0 on the padding, and no gradient, whatever stood there."""
+    moe, texts = make(router=ROUTERS[name], num_shared_experts=1), texts_of(5, 2, 9, 0)
+    x, valid = padded(texts)
+    x.requires_grad_()
+    y = moe(x, Context(valid=valid))
+    y.square().sum().backward()
+    assert y[~valid].abs().max() == x.grad[~valid].abs().max() == 0
+    alone = [text[None].clone().requires_grad_() for text in texts]
+    for text in alone:
+        moe(text).square().sum().backward()
+    for whole, parts in ((y, [moe(text) for text in alone]), (x.grad, [text.grad for text in alone])):
+        torch.testing.assert_close(whole[valid], torch.cat(parts, 1)[0], atol=1e-12, rtol=0)
+    moe(x, Context(valid=torch.ones_like(valid) & False))
+    assert moe.statistics is None and moe.auxiliary_loss is None
+
+
+@pytest.mark.parametrize("over", ["batch", "sequence"])
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_losses_statistics_and_bias_are_those_of_the_tokens_without_padding(over, router):
+    """Over the batch those of one long text; per sequence the mean of each sequence's own."""
+    rate = 0.1 if router == "sigmoid" else 0.0
+    options = dict(load_balance_alpha=0.5, z_loss_weight=0.1, balance_over=over, bias_update_rate=rate)
+    moe, texts = make(router=ROUTERS[router], **options), texts_of(5, 2, 9, 0)
+    x, valid = padded(texts)
+    moe(x, Context(valid=valid))
+    auxiliary, found = moe.auxiliary_loss, moe.statistics
+    load = moe.load.clone() if rate else None
+    auxiliary.backward()
+    gradient = moe.router.weight.grad.clone()
+    moe.zero_grad()
+    moe(torch.cat(texts)[None])
+    expected, one = moe.auxiliary_loss, moe.statistics
+    if over == "sequence":
+        z_losses, own = [0.1 * router_z_loss(text @ moe.router.weight.T) for text in (*texts[:3], torch.cat(texts))], []
+        for text, z_loss in zip(texts[:3], z_losses, strict=False):
+            moe(text[None])
+            own.append(moe.auxiliary_loss - z_loss)
+        expected = sum(own) / 3 + z_losses[3]
+    torch.testing.assert_close(auxiliary, expected, atol=1e-12, rtol=0)
+    expected.backward()
+    torch.testing.assert_close(gradient, moe.router.weight.grad, atol=1e-12, rtol=0)
+    torch.testing.assert_close(found.as_dict(), one.as_dict())
+    assert torch.equal(found.chosen, one.chosen)
+    if rate:
+        assert torch.equal(load, found.counts) and load.sum() == 2 * 16
+
+
+@pytest.mark.parametrize("router", [spec(TopKRouter), spec(TopKRouter, noise=True), spec(ExpertChoiceRouter)])
+def test_capacity_noise_and_the_experts_choice_are_over_the_valid_tokens(router):
+    moe, texts = make(4, router=router, capacity_factor=0.5), texts_of(3, 7, 1)
+    x, valid = padded(texts)
+    torch.manual_seed(1)
+    y = moe(x, Context(valid=valid))[valid]
+    dropped = moe.statistics.dropped
+    torch.manual_seed(1)
+    torch.testing.assert_close(y, moe(torch.cat(texts)[None])[0], atol=1e-12, rtol=0)
+    assert moe.statistics.dropped == dropped > 0
+    assert moe.statistics.counts.max() == math.ceil(0.5 * 11 * 2 / 4)
+
+
+@pytest.mark.parametrize("layer", [dict(), dict(parallel=True), dict(placement="post"), dict(placement="sandwich")])
+def test_a_model_leaves_padding_out_whole_and_in_pieces(layer):
+    """And token by token behind a cache, where `valid` covers the tokens before too."""
+    layer = Layer(mixer=spec(Attention, num_heads=2, rope_theta=1e4), ffn=sparse_ffn(num_shared_experts=1), **layer)
+    model = CausalLM(ModelConfig(layers=(layer, layer), init_std=0.3, **CONFIG)).double()
+    long, short = torch.randint(50, (2, 9))
+    batch, valid = torch.stack([long, F.pad(short[:5], (4, 0))]), torch.arange(9) >= torch.tensor([[0], [4]])
+    expected = model(long[None])[0], model(short[None, :5])[0]
+    whole = model(batch, valid=valid)
+    wanted = [s.wanted for s in statistics(model).values()]
+    assert [w.sum().item() for w in wanted] == 2 * [2 * 14]
+    state, pieces = model.new_state(), []
+    for start, end in ((0, 2), (2, 7), (7, 8), (8, 9)):
+        pieces.append(model(batch[:, start:end], state, valid=valid[:, :end]))
+    for y in (whole, torch.cat(pieces, 1)):
+        torch.testing.assert_close(y[0], expected[0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(y[1, 4:], expected[1], atol=1e-6, rtol=0)
+
+
+def test_padding_that_does_not_fit_is_named():
+    moe, x = make(), torch.randn(2, 4, 16, dtype=torch.float64)
+    for shape in ((2, 3), (3, 4)):
+        with pytest.raises(ConfigError, match=r"context.valid has shape .*, and must be .* so \(2, 4\) or longer"):
+            moe(x, Context(valid=torch.ones(shape, dtype=torch.bool)))
+    none = Context(valid=torch.ones(2, 4, dtype=torch.bool))
+    assert moe(x[:, :0], none).shape == (2, 0, 16)
+    with torch.device("meta"):
+        assert make()(x.to("meta"), Context(valid=torch.ones(2, 4, dtype=torch.bool))).shape == x.shape
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 from llmlib.errors import require
-from llmlib.moe.routing import Routing, distribution, expert_of_rows
+from llmlib.moe.routing import Routing, chosen, distribution, expert_of_rows
 
 
 def load_balancing_loss(probabilities: Float[Tensor, "*b t E"], counts: Real[Tensor, "*b E"]) -> Float[Tensor, ""]:
@@ -54,7 +54,7 @@ def experts_touched(num_experts: int, top_k: int, tokens: int) -> float:
 
 @dataclass
 class RoutingStatistics:
-    """What one forward pass of a MoE did; the figures are computed when they are asked for.
+    """What one forward pass of a MoE did; the figures are computed when they are asked for. Padding isn't in it.
 
     counts  (E) rows that each expert computed      wanted  (E) rows before a capacity cut some off
     tokens  (m) the token of each wanted row, sorted by expert
@@ -74,9 +74,7 @@ class RoutingStatistics:
     @property
     def chosen(self) -> Bool[Tensor, "t E"]:
         """Whether each token wanted each expert; the mean over tokens of one kind shows what is special to it."""
-        chosen = torch.zeros(self.logits.shape, dtype=torch.bool, device=self.logits.device)
-        chosen[self.tokens, expert_of_rows(self.wanted, len(self.tokens))] = True
-        return chosen
+        return chosen(self.logits, self.tokens, expert_of_rows(self.wanted, len(self.tokens)))
 
     @property
     def load(self) -> Float[Tensor, "E"]:

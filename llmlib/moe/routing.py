@@ -128,6 +128,11 @@ class Routing:
         return expert_of_rows(self.counts, len(self.tokens))
 
     @property
+    def chosen(self) -> Bool[Tensor, "t E"]:
+        """Whether each token goes to each expert."""
+        return chosen(self.logits, self.tokens, self.experts)
+
+    @property
     def probabilities(self) -> Float[Tensor, "t E"]:
         """The router's scores as a distribution over the experts."""
         return distribution(self.logits, self.scoring)
@@ -144,6 +149,13 @@ class Routing:
         return dataclasses.replace(
             self, tokens=self.tokens[kept], weights=self.weights[kept], counts=self.counts.clamp(max=capacity)
         )
+
+
+def chosen(logits: Float[Tensor, "t E"], tokens: Int[Tensor, "m"], experts: Int[Tensor, "m"]) -> Bool[Tensor, "t E"]:
+    """The pairs of the rows as a table of all tokens and experts."""
+    table = torch.zeros_like(logits, dtype=torch.bool)
+    table[tokens, experts] = True
+    return table
 
 
 def count(chosen: Int[Tensor, "m"], num_experts: int) -> Int[Tensor, "E"]:
