@@ -37,6 +37,7 @@ from llmlib.moe import (
     upcycle,
 )
 from llmlib.moe.gated import _ByExpert, _spare
+from llmlib.moe.routing import distribution
 from llmlib.norm import RMSNorm
 from llmlib.ops import kernels, record
 from llmlib.train import spared_from_decay
@@ -529,6 +530,28 @@ def test_load_balancing_loss_is_least_when_all_is_even(logits):
     assert load_balancing_loss(p.expand(4, -1), p * 100).item() >= 1 - 1e-12
 
 
+def test_balance_is_exact_in_float64_and_defined_for_a_sequence_without_rows():
+    p, counts = torch.rand(7, 3, dtype=torch.float64), torch.tensor([1, 5, 1])
+    expected = 3 * (p.mean(0) @ torch.tensor([1 / 7, 5 / 7, 1 / 7], dtype=torch.float64))
+    torch.testing.assert_close(load_balancing_loss(p, counts), expected, atol=1e-15, rtol=0)
+    narrow = load_balancing_loss(p.bfloat16(), torch.tensor([1, 257, 0]))  # 257 isn't a bfloat16
+    torch.testing.assert_close(narrow, load_balancing_loss(p.bfloat16().double(), torch.tensor([1, 257, 0])).float())
+    both = load_balancing_loss(torch.stack([p, p]), torch.stack([counts, 0 * counts]))
+    torch.testing.assert_close(both, expected / 2)
+    options = dict(router=spec(ExpertChoiceRouter), load_balance_alpha=1.0, balance_over="sequence", d_model=4)
+    moe = make(4, 1, **options)
+    moe.router.weight.data = 9 * torch.eye(4).double()
+    moe(torch.tensor([[[1.0, 1, 0, 0], [0, 0, 1, 1]], [[0.0] * 4] * 2]).double())
+    assert moe.statistics.tokens.tolist() == [0, 0, 1, 1]  # none of the second sequence
+    assert moe.auxiliary_loss.item() == pytest.approx(1 / 2)
+
+
+def test_sigmoids_that_all_round_to_nothing_are_still_a_distribution():
+    logits = torch.tensor([[-200.0, -201.0]])
+    expected = torch.tensor([[1.0, math.exp(-1)]]) / (1 + math.exp(-1))
+    torch.testing.assert_close(distribution(logits, "sigmoid"), expected)
+
+
 def test_its_gradient_is_the_load():
     p = torch.rand(10, 4, dtype=torch.float64, requires_grad=True)
     counts = torch.tensor([1, 2, 3, 4])
@@ -625,7 +648,7 @@ def test_statistics_with_a_capacity():
     assert (s.wanted.tolist(), s.counts.tolist()) == ([3, 2, 0, 0], [2, 2, 0, 0])
     assert s.load.tolist() == [0.5, 0.5, 0, 0]
     assert s.max_violation == pytest.approx(3 / 1.25 - 1)
-    assert s.dropped == pytest.approx(0.2)
+    assert s.dropped == 1 - 4 / 5
     assert s.as_dict()["max_entropy"] == pytest.approx(math.log(4))
     assert s.chosen.int().tolist() == torch.eye(4).int()[[0, 1, 0, 1, 0]].tolist()
     assert moe.load.tolist() == [3, 2, 0, 0]
@@ -711,6 +734,8 @@ def test_an_upcycled_model_starts_as_the_dense_one():
     before = {name: p.clone() for name, p in layer.state_dict().items()}
     with pytest.raises(ConfigError, match=r"gate_proj.weight \(4, 24, 16\) can't be filled.*\(20, 16\)"):
         upcycle(SwiGLU(16, d_ff=20), layer)
+    with pytest.raises(ConfigError, match="up_proj.bias of the dense model would be lost"):
+        upcycle(MLP(16, d_ff=24), MoE(16, num_experts=4, top_k=2, expert=EXPERTS["mlp"]))
     assert all(torch.equal(p, before[name]) for name, p in layer.state_dict().items())
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 from llmlib.errors import require
-from llmlib.moe.routing import Routing, chosen, distribution, expert_of_rows
+from llmlib.moe.routing import Routing, chosen, distribution, expert_of_rows, wide
 
 
 def load_balancing_loss(probabilities: Float[Tensor, "*b t E"], counts: Real[Tensor, "*b E"]) -> Float[Tensor, ""]:
@@ -19,9 +19,12 @@ def load_balancing_loss(probabilities: Float[Tensor, "*b t E"], counts: Real[Ten
     balance per sequence; without, balance over the batch, which lets a sequence specialise.
     Fedus et al., arXiv:2101.03961, for k = 1. Here f sums to 1 for every k; transformers' sums to k. DeepSeek-V3's loss
     per sequence (arXiv:2412.19437) is this one for other counts: of the top k of the scores alone, without the bias and
-    the groups that decide where a token goes.
+    the groups that decide where a token goes. A sequence of which no expert took a token counts as 0.
     """
-    share = counts / counts.sum(-1, keepdim=True)
+    probabilities = wide(probabilities)
+    counts = counts.to(probabilities.dtype)
+    total = counts.sum(-1, keepdim=True)
+    share = counts / torch.where(total == 0, 1, total)
     return probabilities.shape[-1] * (share * probabilities.mean(-2)).sum(-1).mean()
 
 
@@ -89,7 +92,7 @@ class RoutingStatistics:
     @property
     def dropped(self) -> float:
         """The share of the rows that found their expert full."""
-        return 1 - (self.counts.sum() / self.wanted.sum()).item()
+        return 1 - self.counts.sum().item() / self.wanted.sum().item()
 
     @property
     def entropy(self) -> float:

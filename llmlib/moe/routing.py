@@ -78,8 +78,7 @@ def distribution(logits: Float[Tensor, "*b E"], scoring: str) -> Float[Tensor, "
     """softmax(logits), or the sigmoids divided by their sum (arXiv:2412.19437): what balance is measured on."""
     if scoring != "sigmoid":
         return logits.softmax(-1)
-    scores = logits.sigmoid()
-    return scores / scores.sum(-1, keepdim=True)
+    return F.logsigmoid(logits).softmax(-1)  # the same, where all scores round to 0 too
 
 
 def expert_choice(
