@@ -536,6 +536,8 @@ def test_balance_is_exact_in_float64_and_defined_for_a_sequence_without_rows():
     torch.testing.assert_close(load_balancing_loss(p, counts), expected, atol=1e-15, rtol=0)
     narrow = load_balancing_loss(p.bfloat16(), torch.tensor([1, 257, 0]))  # 257 isn't a bfloat16
     torch.testing.assert_close(narrow, load_balancing_loss(p.bfloat16().double(), torch.tensor([1, 257, 0])).float())
+    with pytest.raises(ConfigError, match=r"counts has shape \(3,\), and for probabilities \(2, 7, 3\) must be"):
+        load_balancing_loss.__wrapped__(torch.stack([p, p]), counts)  # without the tests' own checks
     both = load_balancing_loss(torch.stack([p, p]), torch.stack([counts, 0 * counts]))
     torch.testing.assert_close(both, expected / 2)
     options = dict(router=spec(ExpertChoiceRouter), load_balance_alpha=1.0, balance_over="sequence", d_model=4)

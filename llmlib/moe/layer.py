@@ -43,7 +43,8 @@ class MoE(nn.Module):
     Activation checkpointing must be non-reentrant (use_reentrant=False): the reentrant kind runs forward without
     gradients, and so without the losses. Layers that share one mixture have none: only the last pass's would stay.
 
-    Papers: 1701.06538, 2006.16668, 2101.03961, 2401.04088, 2401.06066, 2412.19437. No tokens in, no tokens out.
+    No tokens in, no tokens out. Raises ConfigError for options or inputs that don't fit, FloatingPointError for a NaN.
+    Papers (arXiv): 1701.06538, 2006.16668, 2101.03961, 2401.04088, 2401.06066, 2412.19437.
     """
 
     load: Tensor
