@@ -172,9 +172,7 @@ def parameters(config: ModelConfig, *, active: bool = False) -> Parts:
     """
     model = skeleton(config)
     blocks = list(dict.fromkeys(model.layers))
-    idle = 0
-    if active:
-        idle = sum(m.num_idle_parameters() for b in blocks for m in b.modules() if hasattr(m, "num_idle_parameters"))
+    idle = _untouched(config, 1) if active else 0
     mixer = _count(*(part for b in blocks for part in (b.mixer, b.cross)))
     ffn = _count(*(b.ffn for b in blocks)) - idle
     embedding = _count(model.embedding, model.position)
@@ -386,9 +384,8 @@ def decode(
     Of routed experts a batch touches at most batch · top_k; this counts those, as if no two tokens shared one. Of the
     embedding it reads one row for each token, of learned positions one, and of cross-attention no map of the memory.
     """
-    parts, active = parameters(config), parameters(config, active=True)
-    touched = min(parts.ffn, active.ffn + (batch - 1) * _routed(config))
-    weights = parts.mixer - _memory_maps(config) + parts.norm + parts.residual + touched
+    parts = parameters(config)
+    weights = parts.mixer - _memory_maps(config) + parts.norm + parts.residual + parts.ffn - _untouched(config, batch)
     weights += parts.head + _rows(config, batch, 1)
     return Step(
         batch * flops(config, 1, context, memory=memory).total,
@@ -411,11 +408,12 @@ def _memory_maps(config: ModelConfig) -> int:
     return _count(*(part for m in layers for part in (m.k_proj, m.v_proj, m.k_norm)))
 
 
-def _routed(config: ModelConfig) -> int:
-    """Parameters of the routed experts that one token takes."""
+def _untouched(config: ModelConfig, tokens: int) -> int:
+    """Parameters of routed experts that so many tokens leave out, when no two of them share an expert."""
     blocks = dict.fromkeys(skeleton(config).layers)
-    modules = [m for b in blocks for m in b.modules() if hasattr(m, "num_idle_parameters")]
-    return sum(m.num_routed_parameters() - m.num_idle_parameters() for m in modules)
+    mixtures = [m for b in blocks for m in b.modules() if hasattr(m, "num_idle_parameters")]
+    sizes = ((m.num_routed_parameters(), m.num_idle_parameters()) for m in mixtures)
+    return sum(max(whole - tokens * (whole - idle), 0) for whole, idle in sizes)
 
 
 def memory(

@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from llmlib.attention import Attention
+from llmlib.context import Context
 from llmlib.cost import flops
 from llmlib.errors import ConfigError
 from llmlib.ffn import GLU, MLP, SwiGLU
@@ -33,6 +36,8 @@ from llmlib.moe import (
     statistics,
     upcycle,
 )
+from llmlib.moe.gated import _ByExpert, _spare
+from llmlib.moe.routing import distribution
 from llmlib.norm import RMSNorm
 from llmlib.ops import kernels, record
 from llmlib.train import spared_from_decay
@@ -525,6 +530,30 @@ def test_load_balancing_loss_is_least_when_all_is_even(logits):
     assert load_balancing_loss(p.expand(4, -1), p * 100).item() >= 1 - 1e-12
 
 
+def test_balance_is_exact_in_float64_and_defined_for_a_sequence_without_rows():
+    p, counts = torch.rand(7, 3, dtype=torch.float64), torch.tensor([1, 5, 1])
+    expected = 3 * (p.mean(0) @ torch.tensor([1 / 7, 5 / 7, 1 / 7], dtype=torch.float64))
+    torch.testing.assert_close(load_balancing_loss(p, counts), expected, atol=1e-15, rtol=0)
+    narrow = load_balancing_loss(p.bfloat16(), torch.tensor([1, 257, 0]))  # 257 isn't a bfloat16
+    torch.testing.assert_close(narrow, load_balancing_loss(p.bfloat16().double(), torch.tensor([1, 257, 0])).float())
+    with pytest.raises(ConfigError, match=r"counts has shape \(3,\), and for probabilities \(2, 7, 3\) must be"):
+        load_balancing_loss.__wrapped__(torch.stack([p, p]), counts)  # without the tests' own checks
+    both = load_balancing_loss(torch.stack([p, p]), torch.stack([counts, 0 * counts]))
+    torch.testing.assert_close(both, expected / 2)
+    options = dict(router=spec(ExpertChoiceRouter), load_balance_alpha=1.0, balance_over="sequence", d_model=4)
+    moe = make(4, 1, **options)
+    moe.router.weight.data = 9 * torch.eye(4).double()
+    moe(torch.tensor([[[1.0, 1, 0, 0], [0, 0, 1, 1]], [[0.0] * 4] * 2]).double())
+    assert moe.statistics.tokens.tolist() == [0, 0, 1, 1]  # none of the second sequence
+    assert moe.auxiliary_loss.item() == pytest.approx(1 / 2)
+
+
+def test_sigmoids_that_all_round_to_nothing_are_still_a_distribution():
+    logits = torch.tensor([[-200.0, -201.0]])
+    expected = torch.tensor([[1.0, math.exp(-1)]]) / (1 + math.exp(-1))
+    torch.testing.assert_close(distribution(logits, "sigmoid"), expected)
+
+
 def test_its_gradient_is_the_load():
     p = torch.rand(10, 4, dtype=torch.float64, requires_grad=True)
     counts = torch.tensor([1, 2, 3, 4])
@@ -621,7 +650,7 @@ def test_statistics_with_a_capacity():
     assert (s.wanted.tolist(), s.counts.tolist()) == ([3, 2, 0, 0], [2, 2, 0, 0])
     assert s.load.tolist() == [0.5, 0.5, 0, 0]
     assert s.max_violation == pytest.approx(3 / 1.25 - 1)
-    assert s.dropped == pytest.approx(0.2)
+    assert s.dropped == 1 - 4 / 5
     assert s.as_dict()["max_entropy"] == pytest.approx(math.log(4))
     assert s.chosen.int().tolist() == torch.eye(4).int()[[0, 1, 0, 1, 0]].tolist()
     assert moe.load.tolist() == [3, 2, 0, 0]
@@ -707,6 +736,8 @@ def test_an_upcycled_model_starts_as_the_dense_one():
     before = {name: p.clone() for name, p in layer.state_dict().items()}
     with pytest.raises(ConfigError, match=r"gate_proj.weight \(4, 24, 16\) can't be filled.*\(20, 16\)"):
         upcycle(SwiGLU(16, d_ff=20), layer)
+    with pytest.raises(ConfigError, match="up_proj.bias of the dense model would be lost"):
+        upcycle(MLP(16, d_ff=24), MoE(16, num_experts=4, top_k=2, expert=EXPERTS["mlp"]))
     assert all(torch.equal(p, before[name]) for name, p in layer.state_dict().items())
 
 
@@ -747,6 +778,120 @@ def test_stacked_biases_are_free_of_decay():
     moe = make(expert=EXPERTS["glu with biases"], router=spec(TopKRouter, bias=True))
     biases = {name for name, _ in moe.named_parameters() if name.endswith("bias")}
     assert len(biases) == 4 and biases <= spared_from_decay(moe)
+
+
+# --- padding ----------------------------------------------------------------------------------------------------------
+
+
+def padded(texts, value=math.nan):
+    """Texts of other lengths in one batch, padding on the left, and where it isn't; no product survives NaN."""
+    longest = max(map(len, texts))
+    rows = [F.pad(text, (0, 0, longest - len(text), 0), value=value) for text in texts]
+    valid = torch.arange(longest) >= longest - torch.tensor([[len(text)] for text in texts])
+    return torch.stack(rows), valid
+
+
+def texts_of(*lengths):
+    return [torch.randn(n, 16, dtype=torch.float64) for n in lengths]
+
+
+ROUTERS = {
+    "softmax": spec(TopKRouter),
+    "softmax_of_top_k": spec(TopKRouter, scoring="softmax_of_top_k"),
+    "sigmoid": spec(TopKRouter, scoring="sigmoid", norm_topk_prob=True, correction_bias=True, n_group=2),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_padding_is_left_out(name):
+    """Each text's result and its gradient as alone; 0 on the padding, and no gradient, whatever stood there."""
+    moe, texts = make(router=ROUTERS[name], num_shared_experts=1), texts_of(5, 2, 9, 0)
+    x, valid = padded(texts)
+    x.requires_grad_()
+    y = moe(x, Context(valid=valid))
+    y.square().sum().backward()
+    assert y[~valid].abs().max() == x.grad[~valid].abs().max() == 0
+    alone = [text[None].clone().requires_grad_() for text in texts]
+    for text in alone:
+        moe(text).square().sum().backward()
+    for whole, parts in ((y, [moe(text) for text in alone]), (x.grad, [text.grad for text in alone])):
+        torch.testing.assert_close(whole[valid], torch.cat(parts, 1)[0], atol=1e-12, rtol=0)
+    moe(x, Context(valid=torch.ones_like(valid) & False))
+    assert moe.statistics is None and moe.auxiliary_loss is None
+
+
+@pytest.mark.parametrize("over", ["batch", "sequence"])
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_losses_statistics_and_bias_are_those_of_the_tokens_without_padding(over, router):
+    """Over the batch those of one long text; per sequence the mean of each sequence's own."""
+    rate = 0.1 if router == "sigmoid" else 0.0
+    options = dict(load_balance_alpha=0.5, z_loss_weight=0.1, balance_over=over, bias_update_rate=rate)
+    moe, texts = make(router=ROUTERS[router], **options), texts_of(5, 2, 9, 0)
+    x, valid = padded(texts)
+    moe(x, Context(valid=valid))
+    auxiliary, found = moe.auxiliary_loss, moe.statistics
+    load = moe.load.clone() if rate else None
+    auxiliary.backward()
+    gradient = moe.router.weight.grad.clone()
+    moe.zero_grad()
+    moe(torch.cat(texts)[None])
+    expected, one = moe.auxiliary_loss, moe.statistics
+    if over == "sequence":
+        z_losses, own = [0.1 * router_z_loss(text @ moe.router.weight.T) for text in (*texts[:3], torch.cat(texts))], []
+        for text, z_loss in zip(texts[:3], z_losses, strict=False):
+            moe(text[None])
+            own.append(moe.auxiliary_loss - z_loss)
+        expected = sum(own) / 3 + z_losses[3]
+    torch.testing.assert_close(auxiliary, expected, atol=1e-12, rtol=0)
+    expected.backward()
+    torch.testing.assert_close(gradient, moe.router.weight.grad, atol=1e-12, rtol=0)
+    torch.testing.assert_close(found.as_dict(), one.as_dict())
+    assert torch.equal(found.chosen, one.chosen)
+    if rate:
+        assert torch.equal(load, found.counts) and load.sum() == 2 * 16
+
+
+@pytest.mark.parametrize("router", [spec(TopKRouter), spec(TopKRouter, noise=True), spec(ExpertChoiceRouter)])
+def test_capacity_noise_and_the_experts_choice_are_over_the_valid_tokens(router):
+    moe, texts = make(4, router=router, capacity_factor=0.5), texts_of(3, 7, 1)
+    x, valid = padded(texts)
+    torch.manual_seed(1)
+    y = moe(x, Context(valid=valid))[valid]
+    dropped = moe.statistics.dropped
+    torch.manual_seed(1)
+    torch.testing.assert_close(y, moe(torch.cat(texts)[None])[0], atol=1e-12, rtol=0)
+    assert moe.statistics.dropped == dropped > 0
+    assert moe.statistics.counts.max() == math.ceil(0.5 * 11 * 2 / 4)
+
+
+@pytest.mark.parametrize("layer", [dict(), dict(parallel=True), dict(placement="post"), dict(placement="sandwich")])
+def test_a_model_leaves_padding_out_whole_and_in_pieces(layer):
+    """And token by token behind a cache, where `valid` covers the tokens before too."""
+    layer = Layer(mixer=spec(Attention, num_heads=2, rope_theta=1e4), ffn=sparse_ffn(num_shared_experts=1), **layer)
+    model = CausalLM(ModelConfig(layers=(layer, layer), init_std=0.3, **CONFIG)).double()
+    long, short = torch.randint(50, (2, 9))
+    batch, valid = torch.stack([long, F.pad(short[:5], (4, 0))]), torch.arange(9) >= torch.tensor([[0], [4]])
+    expected = model(long[None])[0], model(short[None, :5])[0]
+    whole = model(batch, valid=valid)
+    wanted = [s.wanted for s in statistics(model).values()]
+    assert [w.sum().item() for w in wanted] == 2 * [2 * 14]
+    state, pieces = model.new_state(), []
+    for start, end in ((0, 2), (2, 7), (7, 8), (8, 9)):
+        pieces.append(model(batch[:, start:end], state, valid=valid[:, :end]))
+    for y in (whole, torch.cat(pieces, 1)):
+        torch.testing.assert_close(y[0], expected[0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(y[1, 4:], expected[1], atol=1e-6, rtol=0)
+
+
+def test_padding_that_does_not_fit_is_named():
+    moe, x = make(), torch.randn(2, 4, 16, dtype=torch.float64)
+    for shape in ((2, 3), (3, 4)):
+        with pytest.raises(ConfigError, match=r"context.valid has shape .*, and must be .* so \(2, 4\) or longer"):
+            moe(x, Context(valid=torch.ones(shape, dtype=torch.bool)))
+    none = Context(valid=torch.ones(2, 4, dtype=torch.bool))
+    assert moe(x[:, :0], none).shape == (2, 0, 16)
+    with torch.device("meta"):
+        assert make()(x.to("meta"), Context(valid=torch.ones(2, 4, dtype=torch.bool))).shape == x.shape
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -886,6 +1031,20 @@ def test_shapes_that_do_not_fit_are_named():
         expert_linear(x[:, :7], W, torch.tensor([2, 1, 1]))
 
 
+@pytest.mark.parametrize("kernel", ["reference", "by_expert"])
+def test_gated_experts_that_do_not_fit_are_named(kernel):
+    x, (gate, up, down), even = torch.randn(24, 16), gated_weights(), torch.tensor([8, 8, 8])
+    with kernels(kernel):
+        for counts in ([12, 12], [8, 8, 4, 4]):
+            with pytest.raises(ConfigError, match=f"counts has {len(counts)} entries for the 3 experts"):
+                expert_swiglu(x, gate, up, down, torch.tensor(counts))
+        for weights in ((gate, up[:2], down), (gate, up[:, :4], down), (gate, up, down[:, :8])):
+            with pytest.raises(ConfigError, match=r"gate \(3, 8, 16\), up .* and down .* don't fit together"):
+                expert_swiglu(x, *weights, even)
+        with pytest.raises(ConfigError, match=r"rows of 16, and weight \(3, 8, 8\) takes rows of 8"):
+            expert_swiglu(x, gate[..., :8], up[..., :8], down[:, :8], even)
+
+
 def compiled_equals_eager():
     for options in ({}, dict(load_balance_alpha=0.1, num_shared_experts=1), dict(expert=EXPERTS["glu with biases"])):
         torch._dynamo.reset()
@@ -956,8 +1115,6 @@ def test_gradients_add_up_over_backward_passes():
 
 
 def test_the_memory_of_gradients_goes_with_the_weights():
-    from llmlib.moe.gated import _spare
-
     weights = gated_weights()
     others = len(_spare)
     swiglu_backward("by_expert", torch.randn(24, 16), weights)
@@ -971,6 +1128,54 @@ def test_the_memory_of_gradients_goes_with_the_weights():
     assert len(_spare) == others
     del held, twin  # a gradient that outlives its weight
     assert len(_spare) == others
+
+
+def gradients_by(kernel: str, x, weights, inputs):
+    with kernels(kernel):
+        return torch.autograd.grad(expert_swiglu(x, *weights, torch.tensor([3, 17, 4])).square().sum(), inputs)
+
+
+def test_weights_that_are_no_leaves_get_their_own_gradients():
+    """One weight used twice, a transposed one, and pieces cut from a vector at each step, whose ids come back."""
+    x, (gate, _, down) = torch.randn(24, 16), gated_weights()
+    sideways, flat = nn.Parameter(down.detach().mT), nn.Parameter(0.3 * torch.randn(3 * gate.numel()))
+    for _ in range(20):
+        parts = [part.view(w.shape) for part, w in zip(flat.chunk(3), (gate, gate, down), strict=True)]
+        cases = ((gate, gate, down), (gate, down)), ((gate, sideways, down), (gate, sideways, down)), (parts, (flat,))
+        for weights, inputs in cases:
+            found, expected = (gradients_by(kernel, x, weights, inputs) for kernel in ("by_expert", "reference"))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_two_backward_passes_of_one_graph_do_not_share_memory():
+    x, weights = torch.randn(24, 16), gated_weights()
+    gradients_by("by_expert", x, weights, weights)  # leaves memory to use again
+    with kernels("by_expert"):
+        y = expert_swiglu(x, *weights, torch.tensor([3, 17, 4]))
+    first = torch.autograd.grad(y.sum(), weights, retain_graph=True)
+    copies = [g.clone() for g in first]
+    second = torch.autograd.grad(3 * y.sum(), weights)
+    torch.testing.assert_close(first, tuple(copies), rtol=0, atol=0)
+    torch.testing.assert_close(second, tuple(3 * g for g in first), rtol=1e-4, atol=1e-3)
+
+
+def test_threads_that_share_weights_get_their_own_gradients():
+    weights, wrong = gated_weights(), []
+
+    def work():
+        for _ in range(50):
+            x = torch.randn(24, 16)
+            found = torch.autograd.grad(_ByExpert.apply(x, *weights, [3, 17, 4]).square().sum(), weights)
+            y = expert_swiglu.reference(x, *weights, torch.tensor([3, 17, 4]))
+            for a, b in zip(found, torch.autograd.grad(y.square().sum(), weights), strict=True):
+                wrong.append(not torch.allclose(a, b, rtol=1e-4, atol=1e-3))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 4 * 50 * 3 and not any(wrong)
 
 
 @pytest.mark.parametrize("frozen", range(3))

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from llmlib.cost import flops, parameters
+from llmlib.attention import Attention
+from llmlib.cost import decode, flops, parameters
+from llmlib.ffn import SwiGLU
+from llmlib.model import Layer, ModelConfig, spec
+from llmlib.moe import MoE
+from llmlib.norm import RMSNorm
 from llmlib.presets import get
 
 transformers = pytest.importorskip("transformers")
@@ -88,3 +93,18 @@ def test_flops_follow_the_active_parameters():
     config = get("mixtral-8x7b")
     active = parameters(config, active=True).ffn
     assert flops(config, time=16).ffn == 2 * 16 * active
+
+
+def test_a_batch_of_decoding_reads_no_expert_twice():
+    """Two mixtures, of which a batch of 3 uses up one, but not the other."""
+    small, large = (
+        Layer(ffn=spec(MoE, num_experts=n, top_k=2, expert=spec(SwiGLU, d_ff=8), num_shared_experts=1)) for n in (4, 16)
+    )
+    config = ModelConfig(
+        vocab_size=50, d_model=16, norm=spec(RMSNorm), layers=(Layer(mixer=spec(Attention, num_heads=2)), small, large)
+    )
+    whole, expert = parameters(config), 3 * 16 * 8
+    for batch, left in ((1, 2 + 14), (2, 12), (3, 10), (8, 0), (99, 0)):
+        read = whole.total - whole.embedding + min(16 * batch, whole.embedding) - left * expert
+        assert decode(config, 9, batch, torch.float32).weight_bytes == 4 * read
+    assert parameters(config, active=True).total == whole.total - 16 * expert

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from llmlib.context import Context
 from llmlib.ffn import GLU
 from llmlib.model import spec
 from llmlib.moe import MoE, TopKRouter, parallelise_experts, reduce_gradients
@@ -54,6 +55,22 @@ def mean_auxiliary_loss_is_one_process_s(mesh, over):
     assert (half.auxiliary_loss is None) == (rank == 0)
 
 
+def padding_is_left_out(half, whole, rank):
+    """A process whose batch is padded, and one with nothing but padding."""
+    x, valid = torch.randn(2, 2, 6, 8, dtype=torch.float64), torch.zeros(2, 2, 6, dtype=torch.bool)
+    valid[0, 0, 2:] = valid[0, 1, 5:] = True
+    whole.load.zero_()
+    half.load.zero_()
+    y = half(x[rank].masked_fill(~valid[rank, ..., None], torch.nan), Context(valid=valid[rank]))
+    assert y[~valid[rank]].abs().max() == 0
+    expected = whole(x[valid][None])[0]
+    torch.testing.assert_close(y[valid[rank]], expected if rank == 0 else expected[:0], atol=1e-12, rtol=0)
+    assert half.load.sum() == (10 if rank == 0 else 0)
+    half.after_step()
+    whole.after_step()
+    torch.testing.assert_close(half.router.e_score_correction_bias, whole.router.e_score_correction_bias)
+
+
 def worker():
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -97,6 +114,7 @@ def worker():
     torch.testing.assert_close(nothing, whole(x[:, :0] if rank == 0 else x[:, :3]), atol=1e-12, rtol=0)
     for over in ("batch", "sequence"):
         mean_auxiliary_loss_is_one_process_s(mesh, over)
+    padding_is_left_out(half, whole, rank)
     five = MoE(8, **{**OPTIONS, "num_experts": 5})
     plane = init_device_mesh("cpu", (1, 2))
     both = torch.nn.ModuleList([MoE(8, **OPTIONS), five])

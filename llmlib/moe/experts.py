@@ -23,6 +23,7 @@ def expert_linear(
 
     The reference goes from expert to expert. The twins: a product for each expert, written in place (segments), one
     kernel for all (grouped_mm, MegaBlocks' idea, arXiv:2211.15841), and every expert on every row under a mask (dense).
+    Raises ConfigError where shapes don't fit, and off the GPU where the counts aren't ≥ 0 or don't sum to m.
     """
     biases = len(weight) * [None] if bias is None else bias.unbind()
     segments = zip(x.split(sizes_of(counts, len(x))), weight.unbind(), biases, strict=True)

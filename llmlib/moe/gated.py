@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from llmlib.errors import require
 from llmlib.ffn import SwiGLU, glu
 from llmlib.moe.experts import StackedLinear, as_autocast, busy, expert_linear, sizes_of, transformed
 from llmlib.ops import Twin, differentiate_again, op
@@ -25,9 +26,21 @@ def expert_swiglu(
     """y_i = D_e (silu(G_e x_i) ⊙ U_e x_i), with e the expert of row i: the first counts[0] rows are expert 0's, ….
 
     The reference sends all rows through one linear map after the other. The twin `by_expert` sends each expert's rows
-    through all three, while they and its weights are in the cache.
+    through all three, while they and its weights are in the cache. Shazeer, arXiv:2002.05202. ConfigError where the
+    shapes or the counts don't fit.
     """
     return expert_linear(glu(expert_linear(x, gate, counts), expert_linear(x, up, counts)), down, counts)
+
+
+@expert_swiglu.check
+def _check(x, gate, up, down, counts) -> None:
+    expert_linear.require(x, gate, counts)
+    shapes = gate.shape, up.shape, down.mT.shape
+    require(
+        shapes[0] == shapes[1] == shapes[2],
+        f"gate {tuple(gate.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} don't fit together: "
+        f"they must be (experts, width, d) twice and (experts, d, width)",
+    )
 
 
 def _by_expert_why_not(x, gate, up, down, counts) -> str | None:
@@ -138,7 +151,7 @@ def _gradient_of(weight: Float[Tensor, "E o i"], sizes: list[int]) -> Float[Tens
         memory = np.empty(weight.nbytes + _CACHE_LINE, np.uint8)
         memory = memory[-memory.ctypes.data % _CACHE_LINE :][: weight.nbytes]
     lent = memory[:]  # goes with the gradient, and `memory` stays
-    weakref.finalize(lent, _keep, weakref.ref(weight), memory).atexit = False
+    weakref.finalize(lent, _keep, TensorWeakRef(weight), memory).atexit = False
     gradient = torch.frombuffer(lent, dtype=weight.dtype).view(weight.shape)
     for e, size in enumerate(sizes):
         if size == 0:
@@ -146,7 +159,7 @@ def _gradient_of(weight: Float[Tensor, "E o i"], sizes: list[int]) -> Float[Tens
     return gradient
 
 
-def _keep(weight: weakref.ref, memory: np.ndarray) -> None:
+def _keep(weight: TensorWeakRef, memory: np.ndarray) -> None:
     if (weight := weight()) is not None:
         _spare[weight] = memory
 

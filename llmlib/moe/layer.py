@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from llmlib.context import Context
 from llmlib.errors import ConfigError, require
 from llmlib.moe.balance import RoutingStatistics, load_balancing_loss, move_bias_, router_z_loss
 from llmlib.moe.experts import stack_experts
@@ -33,17 +34,21 @@ class MoE(nn.Module):
     z_loss_weight        weight of `router_z_loss`
     bias_update_rate     step of the loss-free bias (0.001 as published); needs a router with correction_bias
 
-    Every position is a token: padding is routed, takes capacity, and counts in the load and the losses.
+    Padding (`context.valid` is False) is left out as if it weren't there, and its output is 0: a capacity's tokens, the
+    statistics, the load and the losses are those of the batch's valid tokens. So without a capacity each text of a
+    padded batch gets what it gets alone, unless the experts choose.
 
     After a forward pass with gradients, `auxiliary_loss` is the weighted sum of the two losses (None when neither has a
     weight); `statistics` describes every pass. A training loop calls `after_step()` after each optimiser step.
     Activation checkpointing must be non-reentrant (use_reentrant=False): the reentrant kind runs forward without
     gradients, and so without the losses. Layers that share one mixture have none: only the last pass's would stay.
 
-    Papers: 1701.06538, 2006.16668, 2101.03961, 2401.04088, 2401.06066, 2412.19437. No tokens in, no tokens out.
+    No tokens in, no tokens out. Raises ConfigError for options or inputs that don't fit, FloatingPointError for a NaN.
+    Papers (arXiv): 1701.06538, 2006.16668, 2101.03961, 2401.04088, 2401.06066, 2412.19437.
     """
 
     load: Tensor
+    takes_context = True
 
     def __init__(
         self,
@@ -120,23 +125,31 @@ class MoE(nn.Module):
         """Without what the last pass left, which can't be copied or pickled."""
         return {**self.__dict__, "auxiliary_loss": None, "statistics": None}
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+    def forward(self, x: Float[Tensor, "b t d"], context: Context | None = None) -> Float[Tensor, "b t d"]:
         width = self.router.weight.shape[1]
         if x.ndim != 3 or x.shape[-1] != width:
             raise ConfigError(f"x has shape {tuple(x.shape)}, and a mixture takes (batch, time, {width})")
-        tokens = x.flatten(0, 1)
+        if context is None or context.valid is None or x.is_meta:
+            return self._mixed(x.flatten(0, 1), x.shape[:2]).view_as(x)
+        valid = _of_new(context.valid, *x.shape[:2])
+        at = valid.flatten().nonzero()[:, 0]
+        y = self._mixed(x.flatten(0, 1)[at], x.shape[:2], valid.sum(1).tolist())
+        return y.new_zeros(valid.numel(), width).index_copy(0, at, y).view_as(x)
+
+    def _mixed(
+        self, tokens: Float[Tensor, "t d"], shape: torch.Size, lengths: list[int] | None = None
+    ) -> Float[Tensor, "t d"]:
+        """Of all tokens of (batch, time) = shape, or where lengths are given, of so many of each sequence."""
         wanted = routing = self.router(tokens)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        if factor is not None and not x.is_meta:
+        if factor is not None and not tokens.is_meta:
             routing = wanted.limited(self.capacity(factor, tokens.shape[0]))
-        self.auxiliary_loss = self._losses(wanted, *x.shape[:2]) if torch.is_grad_enabled() else None
+        self.auxiliary_loss = self._losses(wanted, shape, lengths) if torch.is_grad_enabled() else None
         self.statistics = RoutingStatistics.of(wanted, routing) if len(tokens) else None
         if self.training and self.bias_update_rate:
             self.load += wanted.counts
         y = self._routed(tokens, routing)
-        if self.shared_experts is not None:
-            y = y + self._shared(tokens)
-        return y.view_as(x)
+        return y if self.shared_experts is None else y + self._shared(tokens)
 
     def capacity(self, factor: float, tokens: int) -> int:
         """⌈factor · tokens · top_k / num_experts⌉."""
@@ -159,23 +172,28 @@ class MoE(nn.Module):
         y = self.shared_experts(tokens)
         return y if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid() * y
 
-    def _losses(self, routing: Routing, batch: int, time: int) -> Tensor | None:
+    def _losses(self, routing: Routing, shape: torch.Size, lengths: list[int] | None) -> Tensor | None:
         """The weighted sum, on the routes as they were wanted; None without weights, or without tokens."""
         terms = []
         if self.load_balance_alpha:
-            terms.append(self.load_balance_alpha * self._balance_loss(routing, batch, time))
+            terms.append(self.load_balance_alpha * self._balance_loss(routing, shape, lengths))
         if self.z_loss_weight:
             terms.append(self.z_loss_weight * router_z_loss(routing.logits))
         return sum(terms) if terms and len(routing.logits) else None
 
-    def _balance_loss(self, routing: Routing, batch: int, time: int) -> Float[Tensor, ""]:
+    def _balance_loss(
+        self, routing: Routing, shape: torch.Size, lengths: list[int] | None
+    ) -> Float[Tensor, ""] | float:
         if self.balance_over == "batch":
             counts = routing.counts if self.exchange is None else self.exchange.summed(routing.counts)
             return load_balancing_loss(routing.probabilities, counts)
+        if lengths is not None:
+            texts = zip(routing.probabilities.split(lengths), routing.chosen.split(lengths), strict=True)
+            each = [load_balancing_loss(p, chosen.sum(0)) for p, chosen in texts if len(p)]
+            return sum(each) / max(len(each), 1)
+        batch, time = shape
         counts = count(routing.tokens // time * self.num_experts + routing.experts, batch * self.num_experts)
-        return load_balancing_loss(
-            routing.probabilities.unflatten(0, (batch, time)), counts.view(batch, self.num_experts)
-        )
+        return load_balancing_loss(routing.probabilities.unflatten(0, shape), counts.view(batch, self.num_experts))
 
     @property
     def leaves_loss(self) -> bool:
@@ -197,6 +215,16 @@ class MoE(nn.Module):
     def num_routed_parameters(self) -> int:
         """Parameters of all routed experts; those that other processes hold count too."""
         return self.num_experts * sum(p[0].numel() for p in self.experts.parameters())
+
+
+def _of_new(valid: Bool[Tensor, "b s"], batch: int, time: int) -> Bool[Tensor, "b t"]:
+    """The part about the new tokens."""
+    require(
+        valid.shape[0] == batch and valid.shape[1] >= time,
+        f"context.valid has shape {tuple(valid.shape)}, and must be (batch, cached and new tokens), "
+        f"so ({batch}, {time}) or longer",
+    )
+    return valid[:, -time:] if time else valid[:, :0]
 
 
 def _shared(expert: Callable, shared_expert: Callable | None, count: int, d_model: int) -> nn.Module | None:

@@ -59,8 +59,8 @@ def parallelise_experts(module: nn.Module, mesh) -> None:
     tokens of all processes ask for; those of all other parameters are summed by `reduce_gradients`.
 
     The load that balance is measured on, over the batch, and the loss-free bias's are those of all processes; with
-    equally many tokens in each, the mean of the auxiliary losses is that of one process with all of them. A capacity
-    and expert choice look at the tokens of their own process alone.
+    equally many tokens in each, padding aside, the mean of the auxiliary losses is that of one process with all of
+    them. A capacity and expert choice look at the tokens of their own process alone.
     Raises ConfigError when the mesh has another number of dimensions, the processes don't divide the experts, or a
     mixture is shared out already; nothing has changed then. GShard, arXiv:2006.16668.
     """

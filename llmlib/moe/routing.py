@@ -78,8 +78,7 @@ def distribution(logits: Float[Tensor, "*b E"], scoring: str) -> Float[Tensor, "
     """softmax(logits), or the sigmoids divided by their sum (arXiv:2412.19437): what balance is measured on."""
     if scoring != "sigmoid":
         return logits.softmax(-1)
-    scores = logits.sigmoid()
-    return scores / scores.sum(-1, keepdim=True)
+    return F.logsigmoid(logits).softmax(-1)  # the same, where all scores round to 0 too
 
 
 def expert_choice(
@@ -128,6 +127,11 @@ class Routing:
         return expert_of_rows(self.counts, len(self.tokens))
 
     @property
+    def chosen(self) -> Bool[Tensor, "t E"]:
+        """Whether each token goes to each expert."""
+        return chosen(self.logits, self.tokens, self.experts)
+
+    @property
     def probabilities(self) -> Float[Tensor, "t E"]:
         """The router's scores as a distribution over the experts."""
         return distribution(self.logits, self.scoring)
@@ -144,6 +148,13 @@ class Routing:
         return dataclasses.replace(
             self, tokens=self.tokens[kept], weights=self.weights[kept], counts=self.counts.clamp(max=capacity)
         )
+
+
+def chosen(logits: Float[Tensor, "t E"], tokens: Int[Tensor, "m"], experts: Int[Tensor, "m"]) -> Bool[Tensor, "t E"]:
+    """The pairs of the rows as a table of all tokens and experts."""
+    table = torch.zeros_like(logits, dtype=torch.bool)
+    table[tokens, experts] = True
+    return table
 
 
 def count(chosen: Int[Tensor, "m"], num_experts: int) -> Int[Tensor, "E"]:
@@ -234,11 +245,13 @@ class TopKRouter(Router):
 
     correction_bias  a buffer `e_score_correction_bias`, moved by `MoE.after_step` (arXiv:2408.15664); it stays in
                      float32 when the model is cast to a narrower dtype, in which steps of 0.001 would round to nothing
-    noise            logits + N(0, 1) · softplus(W_noise x), W_noise learned: noisy top-k gating (arXiv:1701.06538)
+    noise            logits + N(0, 1) · softplus(W_noise x), W_noise learned: noisy top-k gating (arXiv:1701.06538);
+                     the losses and statistics are of the noisy logits
     jitter           the router's input times U(1 − jitter, 1 + jitter) (arXiv:2101.03961)
 
     Switch is top_k=1 with a `capacity_factor` in the MoE. DeepSeek-V3 is scoring="sigmoid", norm_topk_prob=True,
     correction_bias=True, n_group=8, topk_group=4, group_score="top2", routed_scaling_factor=2.5.
+    Raises ConfigError for options that don't fit together.
     """
 
     def __init__(
@@ -326,8 +339,9 @@ def _check_options(num_experts, top_k, scoring, n_group, topk_group, group_score
 
 
 class ExpertChoiceRouter(Router):
-    """Each expert takes its t · top_k / num_experts best tokens, so that a token is taken `top_k` times on average.
+    """Each expert takes its ⌈t · top_k / num_experts⌉ best of the batch's t tokens, about `top_k` experts for a token.
 
+    The sequences of a batch compete with each other, so that what one gets depends on the others.
     Not for causal models: see `expert_choice` (arXiv:2202.09368).
     """
 

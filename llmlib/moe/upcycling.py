@@ -16,9 +16,11 @@ def upcycle(dense: nn.Module, sparse: nn.Module) -> None:
     Routers keep their fresh weights, and shared experts start by adding nothing (their last map is set to 0). Where
     the weights of a token's experts sum to 1 (norm_topk_prob, or softmax_of_top_k) the new model computes exactly what
     the dense one did; the experts then part in training. Raises ConfigError for any parameter that finds no source of
-    its shape, and leaves `sparse` as it was. Komatsuzaki et al., "Sparse Upcycling", arXiv:2212.05055.
+    its shape, or no place in `sparse`, which then stays as it was.
+    Komatsuzaki et al., "Sparse Upcycling", arXiv:2212.05055.
     """
     source = dict(dense.named_parameters())
+    unused = set(source)
     fresh, filled, silenced = set(), [], []
     for moe in [m for m in sparse.modules() if isinstance(m, MoE)]:
         parts = (moe.router, moe.shared_experts, moe.shared_expert_gate)
@@ -29,6 +31,7 @@ def upcycle(dense: nn.Module, sparse: nn.Module) -> None:
         if id(parameter) in fresh:
             continue
         origin = source.get(name.replace("experts.", ""))
+        unused.discard(name.replace("experts.", ""))
         fits = origin is not None and origin.shape == parameter.shape[-origin.ndim :]
         require(
             fits,
@@ -37,6 +40,7 @@ def upcycle(dense: nn.Module, sparse: nn.Module) -> None:
             f"Give the experts the width of the dense feed-forward, and leave all else as it is",
         )
         filled.append((parameter, origin))
+    require(not unused, f"{', '.join(sorted(unused))} of the dense model would be lost: it has no place in the new")
     for parameter, origin in filled:
         parameter.copy_(origin.expand_as(parameter))
     for parameter in silenced:
