@@ -140,6 +140,32 @@ def test_gradients_reach_every_parameter(name):
 
 
 @layers
+def test_a_batch_of_no_texts(name):
+    """An empty share of a batch trains along; the state of none is a state."""
+    layer, x, state = LAYERS[name](), torch.ones(0, 5, D_MODEL), {}
+    layer(x).sum().backward()
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in layer.parameters())
+    assert layer(x, state).shape == x.shape and layer(x[:, :1], state).shape == (0, 1, D_MODEL)
+
+
+@layers
+def test_a_text_of_no_tokens_is_refused(name):
+    with pytest.raises(ValueError, match="at least one step of time"):
+        LAYERS[name]()(torch.ones(1, 0, D_MODEL))
+
+
+@pytest.mark.parametrize("cast", ["weights", "autocast"])
+def test_sums_of_a_long_text_are_beyond_float16(cast):
+    """Linear attention divides by z · φ(q), which grows with the text."""
+    layer, x = LinearAttention(64, num_heads=1), torch.randn(1, 4096, 64)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.float16, enabled=cast == "autocast"):
+        y = layer.half()(x.half()) if cast == "weights" else layer(x)
+    assert y.dtype == torch.float16
+    assert (y - expected)[:, -100:].abs().max() < 0.02 * expected[:, -100:].abs().max()
+
+
+@layers
 def test_half_precision_keeps_states_in_float32(name):
     layer, x = build(name).to(torch.bfloat16), torch.randn(1, 7, D_MODEL, dtype=torch.bfloat16)
     state = {}

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmlib.ffn import SwiGLU, glu
-from llmlib.moe.experts import StackedLinear, as_autocast, busy, expert_linear, sizes_of, transformed
-from llmlib.ops import Twin, differentiate_again, op
+from llmlib.moe.experts import StackedLinear, as_autocast, busy, expert_linear, sizes_of
+from llmlib.ops import Twin, differentiate_again, op, transformed
 
 
 @op

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmlib.errors import require_counts
 from llmlib.norm import without_autocast
-from llmlib.ops import differentiate_again
+from llmlib.ops import differentiate_again, transformed
 from llmlib.ssm.scan import (
     Recurrence,
     needs_triton,
@@ -127,7 +127,7 @@ def _pieces_why_not(q, k, v, log_decay, *, chunk_size, state=None) -> str | None
         return "it is laid out for the caches of a CPU"
     if chunk_size <= 64 and log_decay.numel() * chunk_size * q.shape[3] * k.shape[3] < _SHORT:
         return "the text is so short that keeping what the backward needs costs less than making it again"
-    return None
+    return transformed()
 
 
 @chunked_recurrence.twin("pieces", _pieces_why_not, measured="two CPU cores, see benchmarks/ssm.py")
@@ -139,7 +139,8 @@ def _by_pieces(q, k, v, log_decay, *, chunk_size, state=None):
     (b, t, h, m, p), (r, n) = v.shape, q.shape[3:]
     size = min(chunk_size, 64, t)
     state = v.new_zeros(b, h, p, n) if state is None else state.to(v.dtype)
-    return _Pieces.apply(q, k, v, log_decay, state, size, size * max(1, _PIECE // (b * h * size * size * r * m)))
+    chunk = max(1, b * h * size * size * r * m)
+    return _Pieces.apply(q, k, v, log_decay, state, size, size * max(1, _PIECE // chunk))
 
 
 class _Pieces(torch.autograd.Function):

@@ -127,9 +127,11 @@ def linear_attention(
     require_shapes(letters, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     require_time(q)
     require_counts(chunk_size=chunk_size)
-    w, *qkv, log_decay = (*widen(v), *(u.unsqueeze(3) for u in widen(q, k, v)), log_decay)
-    log_decay = w.new_zeros(w.shape[:3]) if log_decay is None else log_decay.to(w.dtype)
-    y, state = chunked_recurrence(*qkv, log_decay, chunk_size=chunk_size, state=initial_state)
+    *qkv, log_decay = widen(q, k, v, log_decay)
+    log_decay = qkv[2].new_zeros(v.shape[:3]) if log_decay is None else log_decay
+    y, state = chunked_recurrence(
+        *(w.unsqueeze(3) for w in qkv), log_decay, chunk_size=chunk_size, state=initial_state
+    )  # fmt: skip
     y = y.squeeze(3).to(v.dtype)
     return (y, state) if return_state else y
 
@@ -254,7 +256,8 @@ class LinearAttention(StateSpaceMixer):
     def mix(self, x: Tensor, state: dict | None, valid: Tensor | None) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = F.elu(q) + 1, where_valid(F.elu(k) + 1, valid)
-        v = F.pad(where_valid(v, valid), (0, 1), value=1.0)
+        # wide, for the sum z · φ(q) of a long text is beyond float16
+        v = F.pad(where_valid(widen(v)[0], valid), (0, 1), value=1.0)
         log_decay = where_valid(self.log_decay.expand(*x.shape[:2], -1), valid)
         S = held(state, "ssm", len(x), self.num_heads, v.shape[-1], k.shape[-1])
         y, S = linear_attention(
@@ -263,7 +266,7 @@ class LinearAttention(StateSpaceMixer):
         if state is not None:
             state["ssm"] = S
         y = y[..., :-1] / y[..., -1:].clamp(min=1e-6)
-        return self.o_proj(y.flatten(2))
+        return self.o_proj(y.flatten(2).to(k.dtype))
 
 
 def _unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:

@@ -55,9 +55,11 @@ def mamba3_scan(
     The state is (θ, S, and the last step's B' and x), in float32 (float64 for such inputs); y has the dtype of x.
     Raises ValueError where ranks or sizes don't fit together, or 2a > n, or chunk_size is below 1.
     """
-    u, dt, A, trap, B, C, angles, D = widen(x, dt, A, trap, B, C, angles, D)
+    u, dt, A, trap, B, C, B_bias, C_bias, angles, D, *before = widen(
+        x, dt, A, trap, B, C, B_bias, C_bias, angles, D, *(initial_state or ())
+    )  # fmt: skip
     B, C = (w + bias for w, bias in zip(per_head(x.shape[2], B, C), (B_bias, C_bias), strict=True))
-    before = widen(*initial_state) if initial_state is not None else _no_state(u, B, angles)
+    before = before or _no_state(u, B, angles)
     B, C, angle = _turn(B, C, angles, dt, before[0])
     last_B, last_x = (torch.cat([w0[:, None], w[:, :-1]], 1) for w0, w in ((before[2], B), (before[3], u)))
     share = torch.sigmoid(trap)
