@@ -29,6 +29,9 @@ LAYERS = {
         D_MODEL, num_heads=3, head_dim=8, expand=None, d_state=5, norm_before_gate=True, bias=True, dt_limit=(0.01, 0.5)
     ),
     "Mamba2, no norm": lambda: Mamba2(D_MODEL, head_dim=16, d_state=8, gated_norm=False, d_conv=1, conv_bias=False),
+    "Mamba2, scaled parts": lambda: Mamba2(
+        D_MODEL, head_dim=16, d_state=4, n_groups=2, part_scales=(0.6, 0.5, 0.8, 1.5, 0.7)
+    ),
     "Mamba3": lambda: Mamba3(D_MODEL, head_dim=8, d_state=8, n_groups=2, chunk_size=4),
     "Mamba3, MIMO": lambda: Mamba3(D_MODEL, head_dim=8, d_state=6, mimo_rank=2, rope_fraction=1.0, gated_norm=True),
     "Mamba3, real, convolution": lambda: Mamba3(D_MODEL, head_dim=16, d_state=4, complex_rope=False, use_conv=True),

@@ -231,6 +231,7 @@ class Mamba2(StateSpaceMixer):
     bias, conv_bias  biases of in_proj and out_proj, and of the convolution
     dt_limit     dt is clamped to this range after softplus
     A_range, dt_range  what the initial −A and dt are spread over
+    part_scales  fixed factors on z, x, B, C and dt, as in_proj gives them (Falcon-H1); None is 1 for all
 
     Its state: "conv", the last d_conv − 1 inputs of the convolution, and "ssm", (b, num_heads, head_dim, d_state).
     """
@@ -254,6 +255,7 @@ class Mamba2(StateSpaceMixer):
         dt_limit: tuple[float, float] = (0.0, math.inf),
         dt_range: tuple[float, float] = (1e-3, 1e-1),
         A_range: tuple[float, float] = (1, 16),
+        part_scales: tuple[float, float, float, float, float] | None = None,
     ):
         super().__init__()
         num_heads = require_heads(d_model, expand, num_heads, head_dim, n_groups, chunk_size)
@@ -261,10 +263,14 @@ class Mamba2(StateSpaceMixer):
         require_range("dt_range", dt_range)
         require_range("A_range", A_range, above_0=False)
         require_range("dt_limit", dt_limit, above_0=False)
+        require(
+            part_scales is None or len(part_scales) == 5,
+            f"part_scales has {part_scales and len(part_scales)} factors: give 5, for z, x, B, C and dt, or None",
+        )
         width = num_heads * head_dim
         self.num_heads, self.head_dim, self.d_state, self.n_groups = num_heads, head_dim, d_state, n_groups
         self.chunk_size, self.dt_limit, self.dt_range, self.A_range = chunk_size, dt_limit, dt_range, A_range
-        self.widths = [width, width + 2 * n_groups * d_state, num_heads]
+        self.widths, self.part_scales = [width, width + 2 * n_groups * d_state, num_heads], part_scales
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=bias)
         self.conv1d = ShortConv(self.widths[1], d_conv, conv_bias)
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.ones(num_heads)) for _ in range(3))
@@ -281,7 +287,7 @@ class Mamba2(StateSpaceMixer):
         nn.init.ones_(self.D)
 
     def mix(self, x: Tensor, state: dict | None, valid: Tensor | None) -> Tensor:
-        z, x, dt = self.in_proj(x).split(self.widths, -1)
+        z, x, dt = self._parts(self.in_proj(x))
         x = self.conv1d(where_valid(x, valid), state)
         shared = self.n_groups * self.d_state
         x, B, C = x.split([self.widths[0], shared, shared], -1)
@@ -292,6 +298,14 @@ class Mamba2(StateSpaceMixer):
         B, C = (w.unflatten(-1, (self.n_groups, self.d_state)) for w in (B, C))
         y = self._scan(x, where_valid(dt, valid), -torch.exp(self.A_log.to(dt.dtype)), B, C, state).flatten(2)
         return self.out_proj(y * F.silu(z) if self.norm is None else self.norm(y, z))
+
+    def _parts(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """z, the input of the convolution, and dt."""
+        if self.part_scales is not None:
+            width, shared = self.widths[0], self.n_groups * self.d_state
+            parts = projected.split([width, width, shared, shared, self.num_heads], -1)
+            projected = torch.cat([scale * part for scale, part in zip(self.part_scales, parts, strict=True)], -1)
+        return projected.split(self.widths, -1)
 
     def _scan(self, x, dt, A, B, C, state):
         h = held(state, "ssm", x.shape[0], self.num_heads, self.head_dim, self.d_state)
