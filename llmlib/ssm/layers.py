@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from llmlib.context import Context
-from llmlib.errors import require, require_counts, require_range, require_state
+from llmlib.errors import require, require_counts, require_positive, require_range, require_state
 from llmlib.norm import at_least_float32, init_linears_, rms_norm
 from llmlib.ssm.decode import causal_conv, state_update
 from llmlib.ssm.duality import ssd
@@ -93,6 +93,7 @@ class GatedRMSNorm(nn.Module):
     """rms_norm(x · silu(z)) · w, with a separate mean square in each of `groups` equal parts (arXiv 2405.21060, 7.1).
 
     before_gate  rms_norm(x) · w · silu(z) instead
+    Raises ConfigError where groups doesn't divide dim.
     """
 
     def __init__(self, dim: int, groups: int = 1, *, eps: float = 1e-5, before_gate: bool = False):
@@ -121,6 +122,7 @@ def require_heads(
 ) -> int:
     """The number of heads, once the sizes of a layer with heads are known to fit together."""
     require_counts(head_dim=head_dim, n_groups=n_groups, chunk_size=chunk_size)
+    require_positive(expand=expand)
     if num_heads is None:
         require(expand is not None, "num_heads and expand are both None: give one, or both")
         num_heads = max(1, round(d_model * expand) // head_dim)
@@ -149,6 +151,7 @@ class Mamba(StateSpaceMixer):
     dt_range     what the initial steps are spread over
 
     Its state: "conv", the last d_conv − 1 inputs of the convolution, and "ssm", (b, d_model · expand, d_state).
+    Raises ConfigError for sizes that don't fit together, ValueError for a state of another layer or batch.
     """
 
     undecayed = ("A_log",)
@@ -167,6 +170,7 @@ class Mamba(StateSpaceMixer):
         dt_range: tuple[float, float] = (1e-3, 1e-1),
     ):
         super().__init__()
+        require_positive(expand=expand)
         width = round(d_model * expand)
         require(
             width >= 1 and math.isclose(width, d_model * expand),
@@ -234,6 +238,7 @@ class Mamba2(StateSpaceMixer):
     part_scales  fixed factors on z, x, B, C and dt, as in_proj gives them (Falcon-H1); None is 1 for all
 
     Its state: "conv", the last d_conv − 1 inputs of the convolution, and "ssm", (b, num_heads, head_dim, d_state).
+    Raises ConfigError for sizes that don't fit together, ValueError for a state of another layer or batch.
     """
 
     def __init__(

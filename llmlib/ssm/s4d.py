@@ -53,7 +53,8 @@ def discretise(
         zero-order hold (x is constant within a step):   Ā = exp(dt A),                     B̄ = (Ā − 1) / A · B
         bilinear (the trapezoidal rule):                 Ā = (1 + dt A/2) / (1 − dt A/2),   B̄ = dt / (1 − dt A/2) · B
 
-    Both keep |Ā| < 1 where Re A < 0. A has no zero entry.
+    Both keep |Ā| < 1 where Re A < 0. A has no zero entry. They are those of S4D (arXiv 2206.11893).
+    Raises ConfigError for a method that isn't known.
     """
     require(method in METHODS, f"method is {method!r}; choose one of {', '.join(METHODS)}")
     step = dt[:, None] * A
@@ -63,7 +64,7 @@ def discretise(
 
 
 def s4d_kernel(A_bar: Diagonal, B_bar: Diagonal, C: Diagonal, length: int) -> Float[Tensor, "d t"]:
-    """The impulse response K[l] = Re Σ_n C_n Ā_nˡ B̄_n: a Vandermonde product."""
+    """The impulse response K[l] = Re Σ_n C_n Ā_nˡ B̄_n, l < length: a Vandermonde product (arXiv 2206.11893)."""
     return torch.einsum("dn,dnt->dt", C * B_bar, _powers(A_bar, length)).real
 
 
@@ -81,7 +82,10 @@ def _powers(A_bar: Diagonal, length: int) -> Complex[Tensor, "d n t"]:
 
 
 def s4d_convolve(x: Float[Tensor, "b t d"], kernel: Float[Tensor, "d t"]) -> Float[Tensor, "b t d"]:
-    """y_t = Σ_s K[s] x_{t−s} by FFT, in t log t; padded to twice the length, so that the end doesn't wrap round."""
+    """y_t = Σ_s K[s] x_{t−s} by FFT, in t log t; padded to twice the length, so that the end doesn't wrap round.
+
+    Raises ValueError for a text of no steps.
+    """
     require_time(x)
     if not len(x):
         return x.clone()  # no FFT takes an empty batch
@@ -97,7 +101,10 @@ def s4d_recurrent(
     C: Diagonal,
     initial_state: Complex[Tensor, "b d n"] | None = None,
 ) -> tuple[Float[Tensor, "b t d"], Complex[Tensor, "b d n"]]:
-    """h_t = Ā h_{t−1} + B̄ x_t, y_t = Re C·h_t, step by step; also the last state."""
+    """h_t = Ā h_{t−1} + B̄ x_t, y_t = Re C·h_t, step by step; also the last state.
+
+    Raises ValueError for a text of no steps.
+    """
     require_time(x)
     h = initial_state
     if h is None:
@@ -118,6 +125,7 @@ class S4D(StateSpaceMixer):
     dt_range  what the initial steps are spread over
 
     Its state: "ssm", (b, d_model, d_state) complex.
+    Raises ConfigError for options out of range, ValueError for a state of another layer or batch.
     """
 
     state_names = ("ssm",)

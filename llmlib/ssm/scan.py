@@ -166,7 +166,10 @@ def associative_scan_work_efficient(
 
 
 def selective_scan_parallel(x, dt, A, B, C, D=None):
-    """`selective_scan` by `associative_scan`: log t rounds over tensors that hold every state (b t d n)."""
+    """`selective_scan` by `associative_scan`: log t rounds over tensors that hold every state (b t d n).
+
+    Shapes are those of `selective_scan`; nothing is widened or checked.
+    """
     states = associative_scan(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B[:, :, None])
     y = torch.einsum("btdn,btn->btd", states, C)
     return y if D is None else y + D * x
@@ -175,7 +178,9 @@ def selective_scan_parallel(x, dt, A, B, C, D=None):
 def selective_scan_matrix(x, dt, A, B, C, D=None):
     """`selective_scan` as y = M x with one lower triangular t × t matrix for each channel:
 
-    M[t, s] = C_t · (exp(A Σ_{s<r≤t} dt_r) B_s) dt_s
+    M[t, s] = C_t · (exp(A Σ_{s<r≤t} dt_r) B_s) dt_s for s ≤ t, 0 above the diagonal (arXiv 2405.21060, section 3)
+
+    Shapes are those of `selective_scan`; nothing is widened or checked. It holds b t² d n numbers.
     """
     total = dt.cumsum(1)
     span = (total[:, :, None] - total[:, None]).unsqueeze(-1) * A
