@@ -110,8 +110,8 @@ def _check_values(data: dict) -> None:
         number = isinstance(value, int | float if key in NUMBERS else int) and not isinstance(value, bool)
         least = 0 if key in MAY_BE_ZERO else "above 0"
         require(
-            number and (value > 0 or (value == 0 and least == 0)),
-            f"{key} is {value!r}, and must be a {'' if key in NUMBERS else 'whole '}number "
+            number and (0 < value < math.inf or (value == 0 and least == 0)),
+            f"{key} is {value!r}, and must be a {'finite' if key in NUMBERS else 'whole'} number "
             f"{'from 0' if least == 0 else least}",
         )
     missing = [key for key in SIZES if key not in data]

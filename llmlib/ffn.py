@@ -215,3 +215,16 @@ class ClampedSwiGLU(GLU):
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         return self.down_proj(clamped_swiglu(self.gate_proj(x), self.up_proj(x), self.alpha, self.limit))
+
+
+class ScaledSwiGLU(SwiGLU):
+    """output_scale · down_proj(silu(gate_scale · gate_proj(x)) ⊙ up_proj(x)): muP's factors in Falcon-H1
+    (arXiv:2507.22448)."""
+
+    def __init__(self, d_model: int, *, d_ff: int, gate_scale: float, output_scale: float, bias: bool = False):
+        super().__init__(d_model, d_ff=d_ff, bias=bias)
+        self.gate_scale, self.output_scale = gate_scale, output_scale
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        y = glu(self.gate_scale * self.gate_proj(x), self.up_proj(x), self.activation)
+        return self.output_scale * self.down_proj(y)

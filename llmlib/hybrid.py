@@ -33,6 +33,7 @@ class ParallelHeads(nn.Module):
     input_scales, output_scales  fixed factors, one for each mixer; None is 1 for all
 
     Its state: one dict for each mixer, under "0", "1" …
+    Raises ConfigError for fewer than two mixers, or factors for another number of them.
     """
 
     def __init__(
@@ -114,6 +115,8 @@ class WithSharedBlock(nn.Module):
     attention_adapter   adapters of that rank on the block's q_proj, k_proj and v_proj too: W + B A in place of W
 
     Its state: one dict for the block's attention, "block", and one for the mixer, "mixer".
+    Raises ConfigError where adapters and block don't fit, or no layer or two give the block its weights; ValueError
+    outside a model.
     """
 
     def __init__(

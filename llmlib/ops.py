@@ -192,9 +192,18 @@ def differentiate_again(function, inputs, gradients):
         # views, for an input that was computed from another one would carry gradient into it
         inputs = [x.view_as(x) if wanted else x for x, wanted in zip(inputs, needed, strict=True)]
         outputs = function(*inputs)
+        pairs = [(outputs, gradients)] if isinstance(outputs, torch.Tensor) else zip(outputs, gradients, strict=True)
+        # not every output needs a gradient: a scan's last state doesn't, when only what reads the states does
+        outputs, gradients = zip(*((y, dy) for y, dy in pairs if y.requires_grad), strict=True)
         wanted = [x for x, wanted in zip(inputs, needed, strict=True) if wanted]
         found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
     return [next(found) if wanted else None for wanted in needed]
+
+
+def transformed() -> str | None:
+    """The reason why a hand-written backward can't run inside torch.func.grad, vmap and their like."""
+    active = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return "torch.func can't transform it" if active else None
 
 
 @contextlib.contextmanager

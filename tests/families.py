@@ -179,6 +179,24 @@ CASES: dict[str, tuple[str, dict]] = {
         MOE | SCAN2 | GRANITE | {"num_local_experts": 4, "layer_types": ["attention"] * 3,
                                  "position_embedding_type": "rope"},
     ),
+    "falcon_h1": (
+        "falcon_h1",
+        LLAMA | SCAN2 | {"mamba_d_ssm": 64, "mamba_n_groups": 2, "rms_norm_eps": 1e-5, "embedding_multiplier": 3.0,
+                         "lm_head_multiplier": 0.4, "key_multiplier": 0.6, "attention_in_multiplier": 0.8,
+                         "attention_out_multiplier": 0.7, "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.5,
+                         "ssm_multipliers": [0.6, 0.5, 0.8, 1.5, 0.7], "mlp_multipliers": [0.9, 0.6]},
+    ),
+    "falcon_h1-norm-biases": (
+        "falcon_h1",
+        LLAMA | SCAN2 | {"mamba_d_ssm": 48, "mamba_d_head": "auto", "mamba_n_groups": 2, "mamba_rms_norm": True,
+                         "mamba_norm_before_gate": True, "attention_bias": True, "mlp_bias": True, "head_dim": 12,
+                         "mamba_proj_bias": True, "projectors_bias": True, "tie_word_embeddings": True},
+    ),
+    "falcon_h1-norm-after-gate": (
+        "falcon_h1",
+        LLAMA | SCAN2 | {"mamba_d_ssm": None, "mamba_rms_norm": True, "mamba_norm_before_gate": False,
+                         "mamba_conv_bias": False},
+    ),
     "nemotron_h": ("nemotron_h", NEMOTRON),
     "zamba2": ("zamba2", ZAMBA),
     "zamba2-two-blocks": (

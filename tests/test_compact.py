@@ -103,6 +103,7 @@ MISTAKES = {
     "missing": ({"vocab_size": None}, "vocab_size is None, and must be a whole number above 0"),
     "a word for a number": ({"num_heads": "four"}, "num_heads is 'four', and must be a whole number above 0"),
     "a fraction": ({"num_layers": 2.5}, "num_layers is 2.5, and must be a whole number above 0"),
+    "infinity": ({"rope_theta": ".inf"}, "rope_theta is inf, and must be a finite number above 0"),
     "zero": ({"mamba2_chunk_size": 0}, "mamba2_chunk_size is 0, and must be a whole number above 0"),
     "negative rank": ({"mamba3_mimo_rank": -1}, "mamba3_mimo_rank is -1, and must be a whole number from 0"),
     "not a flag": ({"mamba3_enabled": 1}, "mamba3_enabled is 1, and must be true or false"),

@@ -7,7 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from llmlib.errors import ConfigError
-from llmlib.ffn import ACTIVATIONS, GLU, MLP, ClampedSwiGLU, GeGLU, ReGLU, SwiGLU, clamped_swiglu, glu, glu_width
+from llmlib.ffn import (
+    ACTIVATIONS,
+    GLU,
+    MLP,
+    ClampedSwiGLU,
+    GeGLU,
+    ReGLU,
+    ScaledSwiGLU,
+    SwiGLU,
+    clamped_swiglu,
+    glu,
+    glu_width,
+)
 from llmlib.ops import kernels
 from llmlib.train import spared_from_decay
 
@@ -57,6 +69,13 @@ def test_layers_equal_transformers():
     names = {"dense_h_to_4h": "up_proj", "dense_4h_to_h": "down_proj"}
     layer.load_state_dict({f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in theirs.state_dict().items()})
     assert torch.allclose(layer(x), theirs(x), atol=1e-6)
+
+
+def test_the_factors_of_a_scaled_glu():
+    layer, x = ScaledSwiGLU(8, d_ff=24, gate_scale=0.3, output_scale=1.7), torch.randn(3, 8)
+    gate = 0.3 * (x @ layer.gate_proj.weight.T)
+    hidden = gate / (1 + (-gate).exp()) * (x @ layer.up_proj.weight.T)
+    torch.testing.assert_close(layer(x), 1.7 * (hidden @ layer.down_proj.weight.T))
 
 
 def test_clamped_swiglu_equals_gpt_oss():

@@ -142,6 +142,9 @@ KEYS = [
     ("jamba", {"mamba_inner_layernorms": True}), ("bamba", {"partial_rotary_factor": 0.5, "attn_rotary_emb": 4}),
     ("nemotron_h", {"layer_norm_epsilon": 0.1, "rms_norm_eps": 0.5}), ("bloom", {"slow_but_exact": False}),
     ("llama", {"partial_rotary_factor": 1.0}),
+    # transformers clamps no step when it decodes with a cache, so this one is compared without
+    ("falcon_h1", {"time_step_limit": [0.3, 0.4]}),
+    ("falcon_h1", {"mamba_use_mlp": True, "mlp_expansion_factor": 8, "attn_layer_indices": None}),
 ]  # fmt: skip
 
 
@@ -159,7 +162,7 @@ HALF = {"partial_rotary_factor": 0.5}
 WEIRD = ["weird"] * 4
 # Keys that ask for what the reference doesn't do, or does and llmlib doesn't: never a guess, always the key's name.
 REFUSED = [
-    *[(case, {"hidden_act": "gelu"}, "hidden_act is 'gelu'") for case in ("jamba", "bamba")],
+    *[(case, {"hidden_act": "gelu"}, "hidden_act is 'gelu'") for case in ("jamba", "bamba", "falcon_h1")],
     *[(case, HALF, "partial_rotary_factor is 0.5")
       for case in ("llama", "falcon-7b-style", "mixtral", "gemma3", "granite")],
     ("llama", {"rope_parameters": {"rope_type": "default"} | HALF}, "partial_rotary_factor is 0.5"),
@@ -181,6 +184,8 @@ REFUSED = [
      "hybrid_override_pattern is 'X'"),
     ("bloom", {"slow_but_exact": True}, "slow_but_exact is True"),
     ("jamba", {"mamba_inner_layernorms": False}, "mamba_inner_layernorms is False"),
+    ("falcon_h1", {"projectors_bias": True}, "projectors_bias is True"),
+    ("falcon_h1", {"mamba_use_mlp": False}, "mamba_use_mlp is False"),
     ("nemotron_h", {"layer_norm_epsilon": None, "rms_norm_eps": 0.1}, "rms_norm_eps = 0.1"),
     ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
     ("deepseek_v3", {"mlp_bias": True}, "mlp_bias is True"),
@@ -213,6 +218,9 @@ MISFITS = [
     ("granitemoehybrid", {"logits_scaling": 0}, "wrong type or size"),
     ("mixtral", {"num_experts_per_tok": 9}, "top_k is 9"),
     ("zamba2", {"mamba_expand": 3}, "d_model · expand must equal"),
+    ("falcon_h1", {"mamba_d_ssm": 72}, "d_model · expand must equal"),
+    ("falcon_h1", {"ssm_multipliers": [1.0, 2.0]}, "part_scales has 2 factors: give 5"),
+    ("falcon_h1", {"mlp_multipliers": [1.0]}, "wrong type or size"),
     ("qwen2-windows", {"sliding_window": 0}, "window is 0"),
     ("mamba2", {"time_step_limit": [0.5]}, "wrong type or size"),
 ]
@@ -482,6 +490,7 @@ PUBLISHED_SPELLINGS = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"], "rope_parameters": None, "rope_theta": 10000,
                          "position_embedding_type": "nope"},
     "nemotron_h": {"layers_block_type": None, "hybrid_override_pattern": "M*-EM"},
+    "falcon_h1": {"rope_parameters": None, "rope_theta": 10000.0, "mlp_expansion_factor": 8, "mamba_use_mlp": True},
     "bamba": {"rope_parameters": None, "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     "deepseek_v3": {"rope_parameters": None, "rope_theta": 10000.0, "scoring_func": "sigmoid", "moe_layer_freq": 1,
                     "topk_method": "noaux_tc", "ep_size": 1},
@@ -587,6 +596,12 @@ FEATURES = [
     ("mamba", {"layer_norm_epsilon": 0.1}), ("falcon_mamba", {"mixer_rms_eps": 0.5}),
     ("mamba2-limits", {"time_step_limit": [0.0, 100.0]}), ("mamba2", {"n_groups": 2, "layer_norm_epsilon": 0.1}),
     ("jamba", {"rms_norm_eps": 0.1}), ("bamba", {"time_step_limit": [0.3, 0.4]}),
+    *[("falcon_h1", {f"{name}_multiplier": 1.0}) for name in ("embedding", "lm_head", "key", "attention_in",
+                                                              "attention_out", "ssm_in", "ssm_out")],
+    *[("falcon_h1", {"mlp_multipliers": pair}) for pair in ([1.0, 0.6], [0.9, 1.0])],
+    *[("falcon_h1", {"ssm_multipliers": [1.0 if i == j else s for j, s in enumerate((0.6, 0.5, 0.8, 1.5, 0.7))]})
+      for i in range(5)],
+    ("falcon_h1-norm-biases", {"mamba_norm_before_gate": False}), ("falcon_h1", {"time_step_limit": [0.3, 0.4]}),
     ("granitemoehybrid", {"position_embedding_type": "rope"}),
     ("granitemoehybrid-dense-rope", {"position_embedding_type": "nope"}),
     ("granitemoehybrid", {"num_experts_per_tok": 1}), ("nemotron_h", {"routed_scaling_factor": 1.0}),

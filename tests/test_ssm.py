@@ -638,6 +638,72 @@ def test_half_a_state_of_mamba3_is_named(state, message):
         ssm.mamba3_scan(*mamba3_inputs(), initial_state=state)
 
 
+def test_inputs_of_two_widths_are_computed_in_the_wider():
+    """The output has the type of x."""
+    for name, (scan, inputs, options) in SCANS.items():
+        args = [w.detach() for w in inputs()]
+        expected = scan(*args, **options)
+        for i in range(len(args)):
+            for dtype in (torch.float32, torch.float64):
+                rest = torch.float64 if dtype is torch.float32 else torch.float32
+                mixed = [w.to(dtype if i == j else rest) for j, w in enumerate(args)]
+                for kernel in ("auto", "reference"):
+                    with kernels(kernel):
+                        y = scan(*mixed, **options)
+                    assert y.dtype == mixed[0].dtype
+                    assert relative_error(y, expected) < 1e-5, (name, i, kernel)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_a_second_derivative_of_what_only_reads_the_states(kernel):
+    """No gradient reaches the last state then."""
+    scans = (
+        (ssm.selective_scan, selective_inputs(1, 3, 2, 2), 4),
+        (by_pieces(lambda *a, **more: ssm.ssd(*a, chunk_size=2, **more)), ssd_inputs(1, 3, 2, 2, 1, 2), 4),
+    )
+    for scan, args, reader in scans:
+        args = [w.detach() for w in args]
+
+        def read(C, scan=scan, args=args, reader=reader):
+            y, state = scan(*args[:reader], C, *args[reader + 1 :], return_state=True)
+            return y.square().sum() + state.sum()
+
+        with kernels(kernel):
+            assert torch.autograd.gradgradcheck(read, args[reader].requires_grad_())
+
+
+def test_scans_inside_torch_func():
+    """One gradient for each text of the batch, which hand-written backwards can't give."""
+    scans = (
+        (ssm.selective_scan, selective_inputs(3, 9, 2, 2)),
+        (by_pieces(lambda *a: ssm.ssd(*a, chunk_size=128)), ssd_inputs(3, 9, 2, 2, 1, 2)),
+    )
+    for scan, args in scans:
+        x, dt, A, B, C, D = (w.detach() for w in args)
+
+        def loss(A, *text, scan=scan, D=D):
+            x, dt, B, C = (w.unsqueeze(0) for w in text)
+            return scan(x, dt, A, B, C, D).square().sum()
+
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0, 0))(A, x, dt, B, C)
+        for i, each in enumerate(found):
+            alone = torch.autograd.grad(loss(A.requires_grad_(), x[i], dt[i], B[i], C[i]), A)[0]
+            torch.testing.assert_close(each, alone, rtol=1e-9, atol=1e-9)
+
+
+@associative_scans
+def test_a_parallel_scan_of_nothing(scan):
+    assert scan(torch.rand(2, 0, 3), torch.rand(2, 0, 3)).shape == (2, 0, 3)
+
+
+@scans
+def test_a_scan_of_no_texts(name):
+    scan, inputs, options = SCANS[name]
+    args = inputs(b=0)
+    y = scan(*args, **options)
+    assert y.shape == args[0].shape and torch.autograd.grad(y.sum(), args[0])[0].shape == y.shape
+
+
 def test_no_time_is_no_scan():
     with pytest.raises(ValueError, match="at least one step of time"):
         ssm.selective_scan(*selective_inputs(t=1)[:0], *(v[:, :0] if v.ndim == 3 else v for v in selective_inputs()))

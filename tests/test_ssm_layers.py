@@ -29,6 +29,9 @@ LAYERS = {
         D_MODEL, num_heads=3, head_dim=8, expand=None, d_state=5, norm_before_gate=True, bias=True, dt_limit=(0.01, 0.5)
     ),
     "Mamba2, no norm": lambda: Mamba2(D_MODEL, head_dim=16, d_state=8, gated_norm=False, d_conv=1, conv_bias=False),
+    "Mamba2, scaled parts": lambda: Mamba2(
+        D_MODEL, head_dim=16, d_state=4, n_groups=2, part_scales=(0.6, 0.5, 0.8, 1.5, 0.7)
+    ),
     "Mamba3": lambda: Mamba3(D_MODEL, head_dim=8, d_state=8, n_groups=2, chunk_size=4),
     "Mamba3, MIMO": lambda: Mamba3(D_MODEL, head_dim=8, d_state=6, mimo_rank=2, rope_fraction=1.0, gated_norm=True),
     "Mamba3, real, convolution": lambda: Mamba3(D_MODEL, head_dim=16, d_state=4, complex_rope=False, use_conv=True),
@@ -140,6 +143,32 @@ def test_gradients_reach_every_parameter(name):
 
 
 @layers
+def test_a_batch_of_no_texts(name):
+    """An empty share of a batch trains along; the state of none is a state."""
+    layer, x, state = LAYERS[name](), torch.ones(0, 5, D_MODEL), {}
+    layer(x).sum().backward()
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in layer.parameters())
+    assert layer(x, state).shape == x.shape and layer(x[:, :1], state).shape == (0, 1, D_MODEL)
+
+
+@layers
+def test_a_text_of_no_tokens_is_refused(name):
+    with pytest.raises(ValueError, match="at least one step of time"):
+        LAYERS[name]()(torch.ones(1, 0, D_MODEL))
+
+
+@pytest.mark.parametrize("cast", ["weights", "autocast"])
+def test_sums_of_a_long_text_are_beyond_float16(cast):
+    """Linear attention divides by z · φ(q), which grows with the text."""
+    layer, x = LinearAttention(64, num_heads=1), torch.randn(1, 4096, 64)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.float16, enabled=cast == "autocast"):
+        y = layer.half()(x.half()) if cast == "weights" else layer(x)
+    assert y.dtype == torch.float16
+    assert (y - expected)[:, -100:].abs().max() < 0.02 * expected[:, -100:].abs().max()
+
+
+@layers
 def test_half_precision_keeps_states_in_float32(name):
     layer, x = build(name).to(torch.bfloat16), torch.randn(1, 7, D_MODEL, dtype=torch.bfloat16)
     state = {}
@@ -220,13 +249,16 @@ def test_the_state_of_another_model_is_refused():
     [
         (lambda: Mamba(16, d_state=0), "d_state is 0, and must be at least 1"),
         (lambda: Mamba(16, dt_rank=0), "dt_rank is 0, and must be at least 1"),
-        (lambda: Mamba(16, expand=0), "must be whole and at least 1, but 16 · 0 is not"),
+        (lambda: Mamba(16, expand=0), "expand is 0, and must be above 0 and finite"),
+        (lambda: Mamba(16, expand=math.inf), "expand is inf, and must be above 0 and finite"),
+        (lambda: Mamba2(16, num_heads=2, expand=math.inf), "expand is inf, and must be above 0 and finite"),
+        (lambda: Mamba2(16, head_dim=8, part_scales=(1.0, 2.0)), "part_scales has 2 factors: give 5"),
         (lambda: Mamba(16, dt_range=(0.0, 0.1)), r"dt_range is \(0.0, 0.1\), and must be .* 0 < low ≤ high"),
         (lambda: Mamba2(16, head_dim=0), "head_dim is 0, and must be at least 1"),
         (lambda: Mamba2(16, head_dim=8, d_state=0), "d_state is 0, and must be at least 1"),
         (lambda: Mamba2(16, head_dim=8, n_groups=0), "n_groups is 0, and must be at least 1"),
         (lambda: Mamba2(16, head_dim=8, num_heads=0, expand=None), "num_heads is 0, and must be at least 1"),
-        (lambda: Mamba2(16, head_dim=8, expand=0), r"16 · 0 = 0 and 1 · 8 = 8"),
+        (lambda: Mamba2(16, head_dim=8, expand=0), "expand is 0, and must be above 0 and finite"),
         (lambda: Mamba2(16, head_dim=128), r"16 · 2 = 32 and 1 · 128 = 128"),
         (lambda: Mamba2(16, head_dim=8, dt_limit=(0.5, 0.1)), r"dt_limit is \(0.5, 0.1\), and must be .* low ≤ high"),
         (lambda: Mamba2(16, head_dim=8, A_range=(-1, 16)), r"A_range is \(-1, 16\), and must be"),

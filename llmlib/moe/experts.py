@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmlib.errors import ConfigError, require
 from llmlib.moe.routing import autocast_dtype, expert_of_rows
-from llmlib.ops import differentiate_again, op
+from llmlib.ops import differentiate_again, op, transformed
 
 
 @op
@@ -52,12 +52,6 @@ def sizes_of(counts: Int[Tensor, "E"], rows: int) -> list[int]:
             raise ConfigError(f"counts must be 0 or more and sum to the {rows} rows of x: {sizes} sum to {sum(sizes)}")
         return sizes
     return [rows // len(counts) + (e < rows % len(counts)) for e in range(len(counts))]
-
-
-def transformed() -> str | None:
-    """The reason why a hand-written backward can't run inside torch.func.grad, vmap and their like."""
-    active = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return "torch.func can't transform it" if active else None
 
 
 def _segments_why_not(x, weight, counts, bias=None) -> str | None:

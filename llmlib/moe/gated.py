@@ -11,8 +11,8 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from llmlib.errors import require
 from llmlib.ffn import SwiGLU, glu
-from llmlib.moe.experts import StackedLinear, as_autocast, busy, expert_linear, sizes_of, transformed
-from llmlib.ops import Twin, differentiate_again, op
+from llmlib.moe.experts import StackedLinear, as_autocast, busy, expert_linear, sizes_of
+from llmlib.ops import Twin, differentiate_again, op, transformed
 
 
 @op

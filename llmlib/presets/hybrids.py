@@ -1,15 +1,14 @@
-"""Hybrids of attention and state spaces: Samba, Zamba2, Bamba, Nemotron-H; and one of the book's own.
+"""Hybrids of attention and state spaces: Samba, Zamba2, Bamba, Nemotron-H, Falcon-H1; and one of the book's own.
 
-Jamba and Granite 4 stand with their families. Two that are often named with these are not here. Hymba shares keys and
-values between neighbours and makes both mixers' inputs in one map. Falcon-H1 multiplies parts of its maps by constants.
-`llmlib.hybrid.ParallelHeads` is what they have in common.
+Jamba and Granite 4 stand with their families. Hymba, which is often named with these, is not here: it shares keys and
+values between neighbours and makes both mixers' inputs in one map. `llmlib.hybrid.ParallelHeads` is the idea of it.
 """
 
 import math
 
 from llmlib.attention import MLA, Attention
-from llmlib.ffn import MLP, SwiGLU
-from llmlib.hybrid import Identity, SharedBlock, WithSharedBlock
+from llmlib.ffn import MLP, ScaledSwiGLU, SwiGLU
+from llmlib.hybrid import Identity, ParallelHeads, SharedBlock, WithSharedBlock
 from llmlib.model import Layer, ModelConfig, spec
 from llmlib.moe import MoE, TopKRouter
 from llmlib.norm import RMSNorm
@@ -20,6 +19,7 @@ SAMBA = "Ren et al. (2024), https://arxiv.org/abs/2406.07522"
 ZAMBA2 = "Glorioso et al. (2024), https://arxiv.org/abs/2411.15242"
 BAMBA = "https://huggingface.co/ibm-fms/Bamba-9B"
 NEMOTRON_H = "NVIDIA (2025), https://arxiv.org/abs/2504.03624"
+FALCON_H1 = "Zuo et al. (2025), https://arxiv.org/abs/2507.22448"
 NEMOTRON_H_4B = "https://huggingface.co/nvidia/Nemotron-H-4B-Base-8K"
 
 
@@ -100,6 +100,25 @@ def nemotron_h(d_model: int, pattern: str, num_heads: int, scan_heads: int, d_st
     )  # fmt: skip
 
 
+def falcon_h1_small() -> ModelConfig:
+    """Falcon-H1-0.5B: attention and Mamba-2 side by side in every layer. The factors are muP's, left in the model.
+
+    That of the keys, 0.39, is part of the attention's scale, for scores are linear in the keys.
+    """
+    keys, z, x = 0.39062499999999994, 8**-0.5, 0.25
+    attention = spec(Attention, num_heads=8, num_kv_heads=2, head_dim=64, rope_theta=1e11, scale=keys / 8)
+    scan = spec(
+        Mamba2, num_heads=24, head_dim=64, expand=None, d_state=128, chunk_size=128, gated_norm=False,
+        part_scales=(z, x, z, 0.5, z),
+    )  # fmt: skip
+    mixer = spec(ParallelHeads, mixers=(attention, scan), input_scales=(1.0, 1.25), output_scales=(0.9375, 2**0.5 / 6))
+    ffn = spec(ScaledSwiGLU, d_ff=2048, gate_scale=0.78125**0.5, output_scale=0.5859375)
+    return ModelConfig(
+        vocab_size=32784, d_model=1024, layers=36 * (Layer(mixer, ffn),), norm=spec(RMSNorm, eps=1e-5),
+        embedding_scale=32**0.5, logit_scale=0.0390625, max_seq_len=16384,
+    )  # fmt: skip
+
+
 def book_hybrid(*, sparse: bool = False) -> ModelConfig:
     """The book's own small example, not a published model: Mamba-2, and latent attention in every fourth layer.
 
@@ -133,6 +152,7 @@ publish(
     lambda: zamba2(2560, 54, (6, 12, 18, 24, 30, 36, 42, 47, 51), 64, num_blocks=2),
 )  # fmt: skip
 publish("bamba-9b", "bamba", "9.78B", 2024, BAMBA, bamba)
+publish("falcon-h1-0.5b", "falcon-h1", "0.5B", 2025, FALCON_H1, falcon_h1_small)
 for _name, _source, *_sizes in (
     ("4b", NEMOTRON_H_4B, 3072, _8B, 32, 112, 128, 12288),
     ("8b", NEMOTRON_H, 4096, _8B, 32, 128, 128, 21504),

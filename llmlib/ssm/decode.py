@@ -96,6 +96,7 @@ def state_update(
 
     Returns y, in the dtype of x, and the new state; the old one stays as it is. Its cost doesn't depend on how many
     tokens came before.
+    Raises ValueError where ranks or sizes don't fit together.
     """
     state, u, dt, A, B, C, D = widen(state, x, dt, A, B, C, D)
     B, C = (w.repeat_interleave(x.shape[1] // w.shape[1], 1) if 1 < w.shape[1] < x.shape[1] else w for w in (B, C))

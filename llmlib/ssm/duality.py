@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmlib.errors import require_counts
 from llmlib.norm import without_autocast
-from llmlib.ops import differentiate_again
+from llmlib.ops import differentiate_again, transformed
 from llmlib.ssm.scan import (
     Recurrence,
     needs_triton,
@@ -127,7 +127,7 @@ def _pieces_why_not(q, k, v, log_decay, *, chunk_size, state=None) -> str | None
         return "it is laid out for the caches of a CPU"
     if chunk_size <= 64 and log_decay.numel() * chunk_size * q.shape[3] * k.shape[3] < _SHORT:
         return "the text is so short that keeping what the backward needs costs less than making it again"
-    return None
+    return transformed()
 
 
 @chunked_recurrence.twin("pieces", _pieces_why_not, measured="two CPU cores, see benchmarks/ssm.py")
@@ -139,7 +139,8 @@ def _by_pieces(q, k, v, log_decay, *, chunk_size, state=None):
     (b, t, h, m, p), (r, n) = v.shape, q.shape[3:]
     size = min(chunk_size, 64, t)
     state = v.new_zeros(b, h, p, n) if state is None else state.to(v.dtype)
-    return _Pieces.apply(q, k, v, log_decay, state, size, size * max(1, _PIECE // (b * h * size * size * r * m)))
+    chunk = max(1, b * h * size * size * r * m)
+    return _Pieces.apply(q, k, v, log_decay, state, size, size * max(1, _PIECE // chunk))
 
 
 class _Pieces(torch.autograd.Function):
@@ -268,7 +269,10 @@ def per_head(h: int, *groups: Float[Tensor, "b t g *n"]) -> list[Float[Tensor, "
 
 
 def ssd_recurrent(x, dt, A, B, C, D=None):
-    """`ssd` step by step: linear in time, constant in memory, and nothing to parallelise."""
+    """`ssd` step by step: linear in time, constant in memory, and nothing to parallelise.
+
+    Shapes are those of `ssd`; nothing is widened or checked.
+    """
     B, C = per_head(x.shape[2], B, C)
     state, ys = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1]), []
     for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
@@ -279,13 +283,20 @@ def ssd_recurrent(x, dt, A, B, C, D=None):
 
 
 def ssd_matrix(dt, A, B, C):
-    """The 1-semiseparable mask L times the scores C Bᵀ: what `ssd` multiplies dt·x by, (b h t t)."""
+    """The 1-semiseparable mask L times the scores C Bᵀ: what `ssd` multiplies dt·x by, (b h t t).
+
+    L[i, j] = exp(A Σ_{j<r≤i} dt_r) for j ≤ i, else 0 (arXiv 2405.21060, section 5). dt (b t h), A (h), and B and C
+    (b t h n): one for each head.
+    """
     L = segments((dt * A).cumsum(1).mT).exp()
     return L * torch.einsum("bthn,bshn->bhts", C, B)
 
 
 def ssd_quadratic(x, dt, A, B, C, D=None):
-    """`ssd` as attention without softmax: one t × t matrix for each head, masked by decay."""
+    """`ssd` as attention without softmax: y = (L ∘ C Bᵀ)(dt x), one t × t matrix for each head, masked by decay.
+
+    Shapes are those of `ssd`; nothing is widened or checked.
+    """
     y = torch.einsum("bhts,bshp->bthp", ssd_matrix(dt, A, *per_head(x.shape[2], B, C)), dt[..., None] * x)
     return y if D is None else y + D[:, None] * x
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from llmlib.context import Context
-from llmlib.errors import require, require_counts, require_range, require_state
+from llmlib.errors import require, require_counts, require_positive, require_range, require_state
 from llmlib.norm import at_least_float32, init_linears_, rms_norm
 from llmlib.ssm.decode import causal_conv, state_update
 from llmlib.ssm.duality import ssd
@@ -93,6 +93,7 @@ class GatedRMSNorm(nn.Module):
     """rms_norm(x · silu(z)) · w, with a separate mean square in each of `groups` equal parts (arXiv 2405.21060, 7.1).
 
     before_gate  rms_norm(x) · w · silu(z) instead
+    Raises ConfigError where groups doesn't divide dim.
     """
 
     def __init__(self, dim: int, groups: int = 1, *, eps: float = 1e-5, before_gate: bool = False):
@@ -121,6 +122,7 @@ def require_heads(
 ) -> int:
     """The number of heads, once the sizes of a layer with heads are known to fit together."""
     require_counts(head_dim=head_dim, n_groups=n_groups, chunk_size=chunk_size)
+    require_positive(expand=expand)
     if num_heads is None:
         require(expand is not None, "num_heads and expand are both None: give one, or both")
         num_heads = max(1, round(d_model * expand) // head_dim)
@@ -149,6 +151,7 @@ class Mamba(StateSpaceMixer):
     dt_range     what the initial steps are spread over
 
     Its state: "conv", the last d_conv − 1 inputs of the convolution, and "ssm", (b, d_model · expand, d_state).
+    Raises ConfigError for sizes that don't fit together, ValueError for a state of another layer or batch.
     """
 
     undecayed = ("A_log",)
@@ -167,6 +170,7 @@ class Mamba(StateSpaceMixer):
         dt_range: tuple[float, float] = (1e-3, 1e-1),
     ):
         super().__init__()
+        require_positive(expand=expand)
         width = round(d_model * expand)
         require(
             width >= 1 and math.isclose(width, d_model * expand),
@@ -231,8 +235,10 @@ class Mamba2(StateSpaceMixer):
     bias, conv_bias  biases of in_proj and out_proj, and of the convolution
     dt_limit     dt is clamped to this range after softplus
     A_range, dt_range  what the initial −A and dt are spread over
+    part_scales  fixed factors on z, x, B, C and dt, as in_proj gives them (Falcon-H1); None is 1 for all
 
     Its state: "conv", the last d_conv − 1 inputs of the convolution, and "ssm", (b, num_heads, head_dim, d_state).
+    Raises ConfigError for sizes that don't fit together, ValueError for a state of another layer or batch.
     """
 
     def __init__(
@@ -254,6 +260,7 @@ class Mamba2(StateSpaceMixer):
         dt_limit: tuple[float, float] = (0.0, math.inf),
         dt_range: tuple[float, float] = (1e-3, 1e-1),
         A_range: tuple[float, float] = (1, 16),
+        part_scales: tuple[float, float, float, float, float] | None = None,
     ):
         super().__init__()
         num_heads = require_heads(d_model, expand, num_heads, head_dim, n_groups, chunk_size)
@@ -261,10 +268,14 @@ class Mamba2(StateSpaceMixer):
         require_range("dt_range", dt_range)
         require_range("A_range", A_range, above_0=False)
         require_range("dt_limit", dt_limit, above_0=False)
+        require(
+            part_scales is None or len(part_scales) == 5,
+            f"part_scales has {part_scales and len(part_scales)} factors: give 5, for z, x, B, C and dt, or None",
+        )
         width = num_heads * head_dim
         self.num_heads, self.head_dim, self.d_state, self.n_groups = num_heads, head_dim, d_state, n_groups
         self.chunk_size, self.dt_limit, self.dt_range, self.A_range = chunk_size, dt_limit, dt_range, A_range
-        self.widths = [width, width + 2 * n_groups * d_state, num_heads]
+        self.widths, self.part_scales = [width, width + 2 * n_groups * d_state, num_heads], part_scales
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=bias)
         self.conv1d = ShortConv(self.widths[1], d_conv, conv_bias)
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.ones(num_heads)) for _ in range(3))
@@ -281,7 +292,7 @@ class Mamba2(StateSpaceMixer):
         nn.init.ones_(self.D)
 
     def mix(self, x: Tensor, state: dict | None, valid: Tensor | None) -> Tensor:
-        z, x, dt = self.in_proj(x).split(self.widths, -1)
+        z, x, dt = self._parts(self.in_proj(x))
         x = self.conv1d(where_valid(x, valid), state)
         shared = self.n_groups * self.d_state
         x, B, C = x.split([self.widths[0], shared, shared], -1)
@@ -292,6 +303,14 @@ class Mamba2(StateSpaceMixer):
         B, C = (w.unflatten(-1, (self.n_groups, self.d_state)) for w in (B, C))
         y = self._scan(x, where_valid(dt, valid), -torch.exp(self.A_log.to(dt.dtype)), B, C, state).flatten(2)
         return self.out_proj(y * F.silu(z) if self.norm is None else self.norm(y, z))
+
+    def _parts(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """z, the input of the convolution, and dt."""
+        if self.part_scales is not None:
+            width, shared = self.widths[0], self.n_groups * self.d_state
+            parts = projected.split([width, width, shared, shared, self.num_heads], -1)
+            projected = torch.cat([scale * part for scale, part in zip(self.part_scales, parts, strict=True)], -1)
+        return projected.split(self.widths, -1)
 
     def _scan(self, x, dt, A, B, C, state):
         h = held(state, "ssm", x.shape[0], self.num_heads, self.head_dim, self.d_state)

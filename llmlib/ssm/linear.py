@@ -41,7 +41,8 @@ def matrix_recurrence(
 
         S_t = S_{t−1} (diag(decay_t) + a_t b_tᵀ) + v_t k_tᵀ        y_t = S_t q_t
 
-    decay None is 1; a and b None are 0.
+    decay, which is the same for a whole head or one number for each channel of the key, None is 1; a and b None are 0.
+    Sums stay in the type of the inputs. `FAMILY` says which paper has which terms.
     """
     S = v.new_zeros(*v.shape[:1], *v.shape[2:], k.shape[-1]) if initial_state is None else initial_state
     ys = []
@@ -122,20 +123,26 @@ def linear_attention(
 
     Without a decay: linear attention (arXiv 2006.16236); with one that is fixed: RetNet (arXiv 2307.08621).
     Feature maps and normalisation are the caller's. States are float32 or better; y has the dtype of v.
+    Raises ValueError where ranks or sizes don't fit together, ConfigError where chunk_size is below 1.
     """
     letters = {"q": "b t h d", "k": "b t h d", "v": "b t h e", "log_decay": "b t h", "initial_state": "b h e d"}
     require_shapes(letters, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     require_time(q)
     require_counts(chunk_size=chunk_size)
-    w, *qkv, log_decay = (*widen(v), *(u.unsqueeze(3) for u in widen(q, k, v)), log_decay)
-    log_decay = w.new_zeros(w.shape[:3]) if log_decay is None else log_decay.to(w.dtype)
-    y, state = chunked_recurrence(*qkv, log_decay, chunk_size=chunk_size, state=initial_state)
+    *qkv, log_decay = widen(q, k, v, log_decay)
+    log_decay = qkv[2].new_zeros(v.shape[:3]) if log_decay is None else log_decay
+    y, state = chunked_recurrence(
+        *(w.unsqueeze(3) for w in qkv), log_decay, chunk_size=chunk_size, state=initial_state
+    )  # fmt: skip
     y = y.squeeze(3).to(v.dtype)
     return (y, state) if return_state else y
 
 
 def linear_attention_quadratic(q, k, v, log_decay=None):
-    """`linear_attention` as one matrix: (L ∘ q kᵀ) v."""
+    """`linear_attention` as one matrix: (L ∘ q kᵀ) v, L[i, j] = exp(Σ_{j<s≤i} log_decay_s) for j ≤ i, else 0.
+
+    Shapes are those of `linear_attention`; nothing is widened or checked.
+    """
     scores = torch.einsum("bthd,bshd->bhts", q, k)
     since = v.new_zeros(v.shape[:3]) if log_decay is None else log_decay.cumsum(1)
     return torch.einsum("bhts,bshe->bthe", segments(since.mT).exp() * scores, v)
@@ -163,6 +170,7 @@ def gated_delta_rule(
     Keys should have length 1, and beta lies in (0, 1), or (0, 2) for eigenvalues down to −1 (arXiv 2411.12537).
     log_decay ≤ 0; zeros give DeltaNet, and what lies below −100 counts as −100. States are float32 or better; y has
     the dtype of v.
+    Raises ValueError where ranks or sizes don't fit together, ConfigError where chunk_size is below 1.
     """
     y_dtype, t = v.dtype, v.shape[1]
     q, k, v, beta, log_decay, S = widen(q, k, v, beta, log_decay, initial_state)
@@ -201,7 +209,7 @@ def _fits(q, k, v, beta, log_decay, *, chunk_size=64, initial_state=None, return
 
 
 def gated_delta_recurrent(q, k, v, beta, log_decay):
-    """`gated_delta_rule` step by step."""
+    """`gated_delta_rule` step by step, by `matrix_recurrence`. Shapes are the same; nothing is widened or checked."""
     return matrix_recurrence(q, **_delta(k, v, log_decay.exp(), beta))
 
 
@@ -230,6 +238,7 @@ class LinearAttention(StateSpaceMixer):
     decay  False: γ = 1. True: RetNet's fixed γ = 1 − 2^(−5−i) for head i (arXiv 2307.08621)
 
     Its state: "ssm", (b, num_heads, head_dim + 1, head_dim): z is one more row of S, for a value that is always 1.
+    Raises ConfigError for sizes that don't fit together, ValueError for a state of another layer or batch.
     """
 
     state_names = ("ssm",)
@@ -254,7 +263,8 @@ class LinearAttention(StateSpaceMixer):
     def mix(self, x: Tensor, state: dict | None, valid: Tensor | None) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = F.elu(q) + 1, where_valid(F.elu(k) + 1, valid)
-        v = F.pad(where_valid(v, valid), (0, 1), value=1.0)
+        # wide, for the sum z · φ(q) of a long text is beyond float16
+        v = F.pad(where_valid(widen(v)[0], valid), (0, 1), value=1.0)
         log_decay = where_valid(self.log_decay.expand(*x.shape[:2], -1), valid)
         S = held(state, "ssm", len(x), self.num_heads, v.shape[-1], k.shape[-1])
         y, S = linear_attention(
@@ -263,7 +273,7 @@ class LinearAttention(StateSpaceMixer):
         if state is not None:
             state["ssm"] = S
         y = y[..., :-1] / y[..., -1:].clamp(min=1e-6)
-        return self.o_proj(y.flatten(2))
+        return self.o_proj(y.flatten(2).to(k.dtype))
 
 
 def _unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
@@ -281,6 +291,7 @@ class GatedDeltaNet(StateSpaceMixer):
     dt_range, A_range        what the initial steps and −A are spread over; the decay is exp(A softplus(a + dt_bias))
 
     Its state: "conv", the last d_conv − 1 inputs of the convolution, and "ssm", (b, num_v_heads, v_head_dim, head_dim).
+    Raises ConfigError for sizes that don't fit together, ValueError for a state of another layer or batch.
     """
 
     def __init__(

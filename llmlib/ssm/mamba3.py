@@ -55,9 +55,11 @@ def mamba3_scan(
     The state is (θ, S, and the last step's B' and x), in float32 (float64 for such inputs); y has the dtype of x.
     Raises ValueError where ranks or sizes don't fit together, or 2a > n, or chunk_size is below 1.
     """
-    u, dt, A, trap, B, C, angles, D = widen(x, dt, A, trap, B, C, angles, D)
+    u, dt, A, trap, B, C, B_bias, C_bias, angles, D, *before = widen(
+        x, dt, A, trap, B, C, B_bias, C_bias, angles, D, *(initial_state or ())
+    )  # fmt: skip
     B, C = (w + bias for w, bias in zip(per_head(x.shape[2], B, C), (B_bias, C_bias), strict=True))
-    before = widen(*initial_state) if initial_state is not None else _no_state(u, B, angles)
+    before = before or _no_state(u, B, angles)
     B, C, angle = _turn(B, C, angles, dt, before[0])
     last_B, last_x = (torch.cat([w0[:, None], w[:, :-1]], 1) for w0, w in ((before[2], B), (before[3], u)))
     share = torch.sigmoid(trap)
@@ -126,7 +128,8 @@ def mamba3_recurrent(x, dt, A, trap, B, C, B_bias, C_bias, angles, D=None):
         Z_t = α_t e^{−iω_t dt_t} (Z_{t−1} + (1 − λ_t) dt_t Σ_r x_{t−1,r} b_{t−1,r}) + λ_t dt_t Σ_r x_{t,r} b_{t,r}
         y_{t,r} = Re(Z_t conj(c_{t,r}))
 
-    b and c are the pairs of B and C as complex numbers, and ω_t = π tanh(angles_t).
+    b and c are the pairs of B and C as complex numbers, and ω_t = π tanh(angles_t). Shapes are those of `mamba3_scan`;
+    nothing is widened or checked.
     """
     b, c = (
         torch.view_as_complex((w + bias).unflatten(-1, (-1, 2)).contiguous())
@@ -151,6 +154,7 @@ def mamba3_quadratic(x, dt, A, trap, B, C, B_bias, C_bias, angles, D=None):
     """`mamba3_scan` as one matrix for each head: (L ∘ C' B'ᵀ) with columns weighted by what each input adds in all.
 
     From the step after its own on, input s counts λ_s dt_s + (1 − λ_{s+1}) dt_{s+1}; in its own step only λ_s dt_s.
+    Shapes are those of `mamba3_scan`; nothing is widened or checked.
     """
     B, C = (w + bias for w, bias in zip(per_head(x.shape[2], B, C), (B_bias, C_bias), strict=True))
     B, C, _ = _turn(B, C, angles, dt, x.new_zeros(len(x), x.shape[2], angles.shape[-1]))
@@ -209,7 +213,9 @@ class Mamba3(StateSpaceMixer):
     A_floor       the least |A|;  chunk_size changes the speed, never the result
     dt_range      what the initial steps are spread over
 
-    Its state: "angle", "ssm" (b, num_heads, head_dim, d_state), the last "B" and "x", and with use_conv "conv".
+    Its state: "angle" (b, num_heads, pairs that turn), "ssm" (b, num_heads, head_dim, d_state), the last "B"
+    (b, num_heads, rank, d_state) and "x" (b, num_heads, rank, head_dim), and with use_conv "conv".
+    Raises ConfigError for sizes that don't fit together, ValueError for a state of another layer or batch.
     """
 
     undecayed = ("B_bias", "C_bias")

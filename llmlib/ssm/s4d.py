@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llmlib.errors import require, require_counts, require_range
 from llmlib.norm import at_least_float32, init_linears_, without_autocast
 from llmlib.ssm.layers import StateSpaceMixer, held, where_valid
+from llmlib.ssm.scan import require_time
 
 Diagonal = Inexact[Tensor, "d n"]
 METHODS = ("zoh", "bilinear")
@@ -52,7 +53,8 @@ def discretise(
         zero-order hold (x is constant within a step):   Ā = exp(dt A),                     B̄ = (Ā − 1) / A · B
         bilinear (the trapezoidal rule):                 Ā = (1 + dt A/2) / (1 − dt A/2),   B̄ = dt / (1 − dt A/2) · B
 
-    Both keep |Ā| < 1 where Re A < 0. A has no zero entry.
+    Both keep |Ā| < 1 where Re A < 0. A has no zero entry. They are those of S4D (arXiv 2206.11893).
+    Raises ConfigError for a method that isn't known.
     """
     require(method in METHODS, f"method is {method!r}; choose one of {', '.join(METHODS)}")
     step = dt[:, None] * A
@@ -62,8 +64,13 @@ def discretise(
 
 
 def s4d_kernel(A_bar: Diagonal, B_bar: Diagonal, C: Diagonal, length: int) -> Float[Tensor, "d t"]:
-    """The impulse response K[l] = Re Σ_n C_n Ā_nˡ B̄_n: a Vandermonde product."""
+    """The impulse response K[l] = Re Σ_n C_n Ā_nˡ B̄_n, l < length: a Vandermonde product (arXiv 2206.11893)."""
     return torch.einsum("dn,dnt->dt", C * B_bar, _powers(A_bar, length)).real
+
+
+def _complex(dtype: torch.dtype) -> torch.dtype:
+    # not dtype.to_complex(), which torch.compile can't trace
+    return torch.promote_types(dtype, torch.complex64)
 
 
 def _powers(A_bar: Diagonal, length: int) -> Complex[Tensor, "d n t"]:
@@ -71,11 +78,17 @@ def _powers(A_bar: Diagonal, length: int) -> Complex[Tensor, "d n t"]:
     # 0⁰ by logarithms is no number; the square of this floor still is one, as the gradient of log needs
     floor = torch.finfo(A_bar.real.dtype).tiny ** 0.5
     A_bar = torch.where(A_bar.abs() < floor, floor, A_bar)
-    return torch.exp(torch.log(A_bar.to(A_bar.dtype.to_complex()))[..., None] * exponents)
+    return torch.exp(torch.log(A_bar.to(_complex(A_bar.dtype)))[..., None] * exponents)
 
 
 def s4d_convolve(x: Float[Tensor, "b t d"], kernel: Float[Tensor, "d t"]) -> Float[Tensor, "b t d"]:
-    """y_t = Σ_s K[s] x_{t−s} by FFT, in t log t; padded to twice the length, so that the end doesn't wrap round."""
+    """y_t = Σ_s K[s] x_{t−s} by FFT, in t log t; padded to twice the length, so that the end doesn't wrap round.
+
+    Raises ValueError for a text of no steps.
+    """
+    require_time(x)
+    if not len(x):
+        return x.clone()  # no FFT takes an empty batch
     t = x.shape[1]
     spectrum = torch.fft.rfft(x, 2 * t, dim=1) * torch.fft.rfft(kernel.mT, 2 * t, dim=0)
     return torch.fft.irfft(spectrum, 2 * t, dim=1)[:, :t]
@@ -88,10 +101,14 @@ def s4d_recurrent(
     C: Diagonal,
     initial_state: Complex[Tensor, "b d n"] | None = None,
 ) -> tuple[Float[Tensor, "b t d"], Complex[Tensor, "b d n"]]:
-    """h_t = Ā h_{t−1} + B̄ x_t, y_t = Re C·h_t, step by step; also the last state."""
+    """h_t = Ā h_{t−1} + B̄ x_t, y_t = Re C·h_t, step by step; also the last state.
+
+    Raises ValueError for a text of no steps.
+    """
+    require_time(x)
     h = initial_state
     if h is None:
-        h = A_bar.new_zeros(len(x), *A_bar.shape, dtype=A_bar.dtype.to_complex())
+        h = A_bar.new_zeros(len(x), *A_bar.shape, dtype=_complex(A_bar.dtype))
     ys = []
     for x_t in x.unbind(1):
         h = A_bar * h + B_bar * x_t.unsqueeze(-1)
@@ -108,6 +125,7 @@ class S4D(StateSpaceMixer):
     dt_range  what the initial steps are spread over
 
     Its state: "ssm", (b, d_model, d_state) complex.
+    Raises ConfigError for options out of range, ValueError for a state of another layer or batch.
     """
 
     state_names = ("ssm",)

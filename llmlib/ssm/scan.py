@@ -11,8 +11,8 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from llmlib.errors import require
-from llmlib.norm import at_least_float32, without_autocast
-from llmlib.ops import Op, available, differentiate_again
+from llmlib.norm import without_autocast
+from llmlib.ops import Op, available, differentiate_again, transformed
 
 
 class Recurrence(Op):
@@ -62,8 +62,9 @@ def require_time(x: Tensor) -> None:
 
 
 def widen(*tensors: Tensor | None) -> list:
-    """The tensors in float32, or in float64 where they are: sums over time lose too much in 16 bits."""
-    return [t if t is None else t.to(at_least_float32(t.dtype)) for t in tensors]
+    """All tensors in float32, or in float64 where one of them is: sums over time lose too much in 16 bits."""
+    wide = functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None), torch.float32)
+    return [t if t is None else t.to(wide) for t in tensors]
 
 
 def needs_triton(x: Tensor, package: str) -> str | None:
@@ -152,7 +153,7 @@ def associative_scan_work_efficient(
     on the way down, each of these gives the state after it.
     """
     first = drive[:, :1] if initial_state is None else decay[:, :1] * initial_state.unsqueeze(1) + drive[:, :1]
-    if drive.shape[1] == 1:
+    if drive.shape[1] <= 1:
         return first
     late = decay[:, 1::2]
     early, before = decay[:, :-1:2], drive[:, :-1:2]
@@ -165,7 +166,10 @@ def associative_scan_work_efficient(
 
 
 def selective_scan_parallel(x, dt, A, B, C, D=None):
-    """`selective_scan` by `associative_scan`: log t rounds over tensors that hold every state (b t d n)."""
+    """`selective_scan` by `associative_scan`: log t rounds over tensors that hold every state (b t d n).
+
+    Shapes are those of `selective_scan`; nothing is widened or checked.
+    """
     states = associative_scan(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B[:, :, None])
     y = torch.einsum("btdn,btn->btd", states, C)
     return y if D is None else y + D * x
@@ -174,7 +178,9 @@ def selective_scan_parallel(x, dt, A, B, C, D=None):
 def selective_scan_matrix(x, dt, A, B, C, D=None):
     """`selective_scan` as y = M x with one lower triangular t × t matrix for each channel:
 
-    M[t, s] = C_t · (exp(A Σ_{s<r≤t} dt_r) B_s) dt_s
+    M[t, s] = C_t · (exp(A Σ_{s<r≤t} dt_r) B_s) dt_s for s ≤ t, 0 above the diagonal (arXiv 2405.21060, section 3)
+
+    Shapes are those of `selective_scan`; nothing is widened or checked. It holds b t² d n numbers.
     """
     total = dt.cumsum(1)
     span = (total[:, :, None] - total[:, None]).unsqueeze(-1) * A
@@ -185,7 +191,7 @@ def selective_scan_matrix(x, dt, A, B, C, D=None):
 
 
 def _any_device(*args, **kwargs) -> str | None:
-    return "torch.compile traces the reference instead" if torch.compiler.is_compiling() else None
+    return "torch.compile traces the reference instead" if torch.compiler.is_compiling() else transformed()
 
 
 def _cuda_extension(x, *args, **kwargs) -> str | None:
@@ -264,9 +270,8 @@ def _readable(x, dt, A, B, C, h):
 
 
 def _time_first(x, dt, A, B, C, h):
-    wide = functools.reduce(torch.promote_types, (v.dtype for v in (x, dt, A, B, C, h)))
-    x, dt, B, C = (v.transpose(0, 1).to(wide).contiguous() for v in (x, dt, B, C))
-    return x, dt, A.t().to(wide).contiguous(), B, C, h.transpose(1, 2).to(wide).contiguous()
+    x, dt, B, C = (v.transpose(0, 1).contiguous() for v in (x, dt, B, C))
+    return x, dt, A.t().contiguous(), B, C, h.transpose(1, 2).contiguous()
 
 
 def _scan_backward(pieces, inputs, starts, dy, dh):
@@ -293,25 +298,24 @@ def _scan_backward(pieces, inputs, starts, dy, dh):
         torch.addcmul(torch.mul(q, A, out=a).sum(2), du, x[s], out=ddt[s])
         dA += q.mul_(dt[s].unsqueeze(2)).sum((0, 1))
     dx, ddt, dB, dC = (g.transpose(0, 1) for g in (dx, ddt, dB, dC))
-    grads = dx, ddt, dA.t(), dB, dC, g_next.transpose(1, 2)
-    return tuple(g.to(v.dtype) for g, v in zip(grads, inputs, strict=True))
+    return dx, ddt, dA.t(), dB, dC, g_next.transpose(1, 2)
 
 
 def _over_state(weights: Float[Tensor, "t b n"], states: Float[Tensor, "t b n d"]) -> Float[Tensor, "t b d"]:
-    return torch.bmm(weights.flatten(0, 1).unsqueeze(1), states.flatten(0, 1)).view(*states.shape[:2], -1)
+    return torch.bmm(weights.flatten(0, 1).unsqueeze(1), states.flatten(0, 1)).view(*states.shape[:2], states.shape[3])
 
 
 def _over_width(weights: Float[Tensor, "t b d"], states: Float[Tensor, "t b n d"]) -> Float[Tensor, "t b n"]:
     # the row vector on the left: ten times as fast on a CPU as the column vector on the right
     flat = torch.bmm(weights.flatten(0, 1).unsqueeze(1), states.flatten(0, 1).transpose(1, 2))
-    return flat.view(*states.shape[:2], -1)
+    return flat.view(*states.shape[:3])
 
 
 _PIECE = 2**19  # numbers in one tensor of states: four of them are 8 MB, which stays in a cache
 
 
 def _pieces(x: Float[Tensor, "t b d"], A: Float[Tensor, "n d"]):
-    steps = max(1, _PIECE // (x.shape[1] * A.numel()))
+    steps = max(1, _PIECE // max(1, x.shape[1] * A.numel()))
     return (slice(i, i + steps) for i in range(0, len(x), steps))
 
 

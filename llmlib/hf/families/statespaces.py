@@ -1,10 +1,10 @@
-"""Families with state spaces: Mamba, Falcon-Mamba, Mamba-2, and the hybrids Jamba, Bamba, Granite 4, Nemotron-H,
-Zamba2."""
+"""Families with state spaces: Mamba, Falcon-Mamba, Mamba-2, and the hybrids Jamba, Bamba, Falcon-H1, Granite 4,
+Nemotron-H, Zamba2."""
 
 import math
 
 from llmlib.attention import Attention
-from llmlib.ffn import MLP, SwiGLU
+from llmlib.ffn import MLP, ScaledSwiGLU, SwiGLU
 from llmlib.hf.families.experts import routed
 from llmlib.hf.families.llamas import (
     ATTENTION,
@@ -21,7 +21,7 @@ from llmlib.hf.families.llamas import (
 from llmlib.hf.keys import ACTIVATIONS, Keys, rotary
 from llmlib.hf.loading import family
 from llmlib.hf.tables import linear, norm
-from llmlib.hybrid import Identity, SharedBlock, WithSharedBlock
+from llmlib.hybrid import Identity, ParallelHeads, SharedBlock, WithSharedBlock
 from llmlib.model import Layer, ModelConfig, Spec, spec
 from llmlib.moe import TopKRouter
 from llmlib.norm import RMSNorm
@@ -180,6 +180,48 @@ def bamba(c: Keys) -> ModelConfig:
     scan, ffn = mamba_2(c, eps), gated(c)
     layers = [Layer(attention if i in at else scan, ffn) for i in range(c("num_hidden_layers"))]
     return assemble(c, layers, norm=spec(RMSNorm, eps=eps))
+
+
+def inside(table: dict[str, str], part: int) -> dict[str, str]:
+    """The rows of a mixer, where it is one of several parallel ones."""
+    return {row.replace("mixer.", f"mixer.mixers.{part}."): name for row, name in table.items()}
+
+
+FALCON_H1 = {row: name for row, name in HYBRID.items() if "mixer." not in row} | (
+    inside(ATTENTION, 0) | inside(scan_rows(FILE + "mamba"), 1)
+)
+
+
+@family("falcon_h1", table=FALCON_H1, buffers=BUFFERS)
+def falcon_h1(c: Keys) -> ModelConfig:
+    steps(c)
+    c.only("hidden_act", "silu", "swish")  # the reference gives it to the scan too
+    c.only("projectors_bias", c("mamba_proj_bias", False))
+    c.only("mamba_use_mlp", True)
+    c.ignore("mlp_expansion_factor", "layers_block_type", "layer_types")
+    eps, head_dim, one = c("rms_norm_eps", 1e-5), head_width(c), 1.0
+    options = heads(c, bias=c("attention_bias", False), scale=c("key_multiplier", one) * head_dim**-0.5)
+    scan = mamba_2(c, eps).replace(
+        gated_norm=c("mamba_rms_norm", False), norm_before_gate=c("mamba_norm_before_gate", True),
+        part_scales=c("ssm_multipliers", 5 * (one,)),
+    )  # fmt: skip
+    if (width := c.nullable("mamba_d_ssm", 1024)) is not None:
+        scan = scan.replace(expand=width / c("hidden_size"))
+        if c("mamba_d_head", "auto") == "auto":
+            scan = scan.replace(head_dim=width // c("mamba_n_heads", 128))
+    mixer = spec(
+        ParallelHeads, mixers=(spec(Attention, **options, **rotary(c, head_dim)), scan),
+        input_scales=(c("attention_in_multiplier", one), c("ssm_in_multiplier", one)),
+        output_scales=(c("attention_out_multiplier", one), c("ssm_out_multiplier", one)),
+    )  # fmt: skip
+    gate, output = c("mlp_multipliers", (one, one))
+    ffn = spec(
+        ScaledSwiGLU, d_ff=c("intermediate_size"), bias=c("mlp_bias", False), gate_scale=gate, output_scale=output
+    )  # fmt: skip
+    return assemble(
+        c, c("num_hidden_layers") * [Layer(mixer, ffn)], norm=spec(RMSNorm, eps=eps),
+        embedding_scale=c("embedding_multiplier", one), logit_scale=c("lm_head_multiplier", one),
+    )  # fmt: skip
 
 
 def halves(ours: str, theirs: str, step: str) -> dict[str, str]:
