@@ -100,10 +100,10 @@ def config_of(name: str):
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return _from_yaml(path)
-    if path.is_dir() or "/" in name:
+    if os.path.isdir(name) or any(mark in name for mark in "/\\@"):
         from llmlib.hf import find, read_config
 
-        return read_config(find(name))[0]
+        return read_config(find(name, weights=False))[0]
     return presets.get(name)
 
 

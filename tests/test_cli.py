@@ -91,21 +91,10 @@ def begins(tmp_path_factory):
 
     theirs, folder = families.saved("llama", tmp_path_factory.mktemp("begins"))
     special = {"<s>": 0, "</s>": 1}
-    tokenizer = small_tokenizer(list(special))
+    tokenizer = families.small_tokenizer(list(special))
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=list(special.items()))
     tokenizer.save(str(folder / "tokenizer.json"))
     return theirs, tokenizer, folder
-
-
-def small_tokenizer(special):
-    """Characters as tokens: enough of them for the 97 of the tiny models."""
-    from tokenizers import Tokenizer, decoders, models
-
-    vocabulary = {token: i for i, token in enumerate([*special, *(chr(33 + i) for i in range(94)), " "])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.add_special_tokens(special)
-    tokenizer.decoder = decoders.Fuse()
-    return tokenizer
 
 
 def greedy(theirs, tokens, **options):
@@ -177,7 +166,7 @@ def test_the_model_trained_in_the_book_writes_python():
     ("arguments", "message"),
     [
         (["info", "llama-9"], "there is no preset 'llama-9'; the nearest are llama-"),
-        (["info", "./nowhere"], "there is no folder nowhere"),
+        (["info", "./nowhere"], "there is no folder ./nowhere"),
         (["info", "config.yaml"], "config.yaml can't be read"),
         (["generate"], "python -m llmlib generate --preset"),
         (["generate", "./nowhere", "hello"], "generate --preset PROMPT"),

@@ -336,6 +336,16 @@ def broken_files():
         file = folder / "model.safetensors.index.json"
         file.write_text(file.read_text().replace('"lm_head.weight"', '"lm_tail.weight"'))
 
+    def twice(folder):
+        shard(folder)
+        file = folder / "model-00001-of-00002.safetensors"
+        save_file(load_file(file) | {"model.norm.weight": torch.ones(32)}, file)
+
+    def in_no_index(folder):
+        shard(folder)
+        file = folder / "model-00001-of-00002.safetensors"
+        save_file(load_file(file) | {"extra": torch.ones(32)}, file)
+
     def pickle_only(folder):
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -349,7 +359,12 @@ def broken_files():
         "shard gone": (lose_shard, "names the shard model-00002-of-00002.safetensors"),
         "index empty": (empty_index, "index.json holds no JSON object"),
         "index wrong": (wrong_index, "holds 'lm_tail.weight', and it doesn't"),
-        "shard a number": (place_head_in(7), "index.json puts 'lm_head.weight' in 7, which is no file's name"),
+        "tensor twice": (twice, "00001-of-00002.safetensors holds 'model.norm.weight', which .*places in model-00002"),
+        "tensor in no index": (in_no_index, "00001-of-00002.safetensors holds 'extra', which .* doesn't name"),
+        "shard a number": (
+            place_head_in(7),
+            "index.json puts 'lm_head.weight' in 7, which is no safetensors file's name",
+        ),
         "shard a list": (place_head_in(["a"]), r"index.json puts 'lm_head.weight' in \['a'\]"),
         "shard outside": (
             place_head_in("../out.safetensors"),
@@ -397,7 +412,7 @@ def test_pickle_files_are_never_opened(checkpoints, tmp_path):
     (folder / "model.safetensors").rename(bomb)
     index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="in 'pytorch_model.bin', which is no safetensors file's name"):
         load(folder)
     assert not mark.exists()
 

@@ -1,6 +1,7 @@
 """`load`: a published checkpoint as a model, by its family's table."""
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from llmlib.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
 from llmlib.hf.checkpoint import Checkpoint, read_json
+from llmlib.hf.hub import DESCRIPTION, fetch, fetch_weights
 from llmlib.hf.keys import Keys
 from llmlib.hf.tables import fill, place
 from llmlib.model import CausalLM, ModelConfig
@@ -50,8 +52,9 @@ def family(model_type: str, **settings) -> Callable:
 def load(path_or_id: str | Path, device=None, dtype: torch.dtype = torch.float32) -> CausalLM:
     """A published model, ready to compute: `load("folder")` or, with a network, `load("openai-community/gpt2")`.
 
-    path_or_id  a folder with config.json and safetensors, or a name on the Hugging Face hub
-    device      where to put it (the CPU by default); dtype what to compute in, whatever the file stores
+    path_or_id  a folder with config.json and safetensors, or owner/name on the Hugging Face hub, if need be with
+                @revision; what was fetched once is read from the hub's cache, without a network too
+    device      where to put it (the CPU by default); dtype  what to compute in, whatever the file stores
     Weights are read block by block straight into place, so memory never holds much more than the model.
     Raises CheckpointError (a file, tensor or key is missing, surplus, broken or of the wrong shape) and
     UnsupportedArchitectureError (an unknown model_type, or a key that would change the result and isn't understood).
@@ -66,27 +69,27 @@ def load(path_or_id: str | Path, device=None, dtype: torch.dtype = torch.float32
     return model.eval().requires_grad_(False)
 
 
-def find(path_or_id: str | Path) -> Path:
-    """A local folder, or one that `huggingface_hub` has fetched."""
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)):
-        raise CheckpointError(f"there is no folder {folder}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise CheckpointError(
-            f"there is no folder {folder}; to fetch {path_or_id!r} from the hub: pip install huggingface_hub"
-        ) from None
-    try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-    except Exception as error:  # noqa: BLE001  (the hub's client raises whatever its transport does)
-        raise CheckpointError(
-            f"there is no folder {folder}, and {path_or_id!r} couldn't be fetched from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
-            f"Give the path of a folder with config.json and model.safetensors"
-        ) from None
+def find(path_or_id: str | Path, *, weights: bool = True) -> Path:
+    """A local folder; or the one in the hub's cache, where `huggingface_hub` puts what isn't there yet.
+
+    path_or_id  a folder, or owner/name on the hub, or owner/name@revision (a branch, tag or commit; main by default)
+    weights     False fetches the config and the tokenizer only
+    No weights are fetched before the config is understood, and never a pickle file. Raises CheckpointError, with the
+    remedy, where there is no such folder and the hub can't give one; and what `read_config` raises.
+    """
+    path = os.path.expanduser(path_or_id)
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
+        raise CheckpointError(f"{path} is a file: give the folder that it is in")
+    name, _, revision = str(path_or_id).partition("@")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise CheckpointError(f"there is no folder {path}")
+    folder = fetch(name, revision or None, DESCRIPTION)
+    if weights:
+        read_config(folder)
+        fetch_weights(name, folder)
+    return folder
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, Family]:
