@@ -16,6 +16,7 @@ from llmlib.errors import (
 )
 
 BOOK_MODEL = Path(__file__).parent / "book_model"
+_MOST = 10**9
 DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLES = """examples:
   python -m llmlib info llama-3-8b --context 8192
@@ -78,16 +79,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status. Errors that llmlib foresees are one line on stderr, status 2."""
+    """Run one command; returns the exit status.
+
+    0: done. 2: an error that llmlib foresees, as one line on stderr. 1: whoever read the output has gone. 130: Ctrl-C.
+    """
     options = parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except (ConfigError, CheckpointError, CorpusError, TrainingError, UnsupportedArchitectureError) as error:
         print(f"llmlib {options.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"llmlib {options.command}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -122,7 +133,7 @@ def run_info(options) -> None:
     """Print what a model is made of, and what it costs."""
     for name in ("context", "batch"):
         value = getattr(options, name)
-        require(value >= 1, f"--{name} is {value}, and must be at least 1")
+        require(1 <= value <= _MOST, f"--{name} is {value}, and must be at least 1 and at most {_MOST:,}")
     config = config_of(options.model)
     facts = describe(config, options.context, options.batch, options.dtype)
     if options.svg:
@@ -195,10 +206,13 @@ def run_generate(options) -> None:
             "name a checkpoint's folder or a hub model, then a prompt; with neither at hand, use the small model that "
             "the book trains: python -m llmlib generate --preset \"def main():\""
         )  # fmt: skip
+    for prompt in prompts:
+        require(is_text(prompt), f"the prompt {prompt!r} isn't valid Unicode: is it in your terminal's encoding?")
     if not prompts:
         raise ConfigError('there is no prompt: put it in quotes after the model, "The capital city of France is"')
     model, tokenizer, ends = open_model(BOOK_MODEL if options.preset else options.words[0], options)
     encoded = [tokenizer.encode(p) for p in prompts]
+    warn_of_length(max(map(len, encoded)) + options.max_new_tokens, model)
     for prompt, tokens in zip(prompts, encoded, strict=True):
         if not tokens:
             raise ConfigError(f"the prompt {prompt!r} has no tokens: write at least one character")
@@ -213,6 +227,21 @@ def run_generate(options) -> None:
         new = [t for t in row.tolist()[len(tokens) :] if t not in ends]
         text = tokenizer.decode([*tokens, *new])
         print(json.dumps({"prompt": prompt, "text": text, "tokens": new}) if options.json else text)
+
+
+def is_text(prompt: str) -> bool:
+    """Whether a prompt can be written as UTF-8; an argument's bytes that are none come as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in prompt)
+
+
+def warn_of_length(length: int, model) -> None:
+    """Say on stderr that a text may outgrow what its model has seen; a table of positions has an error of its own."""
+    meant = model.config.max_seq_len
+    if meant is not None and length > meant and not hasattr(model.position, "max_positions"):
+        print(
+            f"llmlib generate: the text may grow to {length:,} tokens; beyond {meant:,}, which this model is meant "
+            f"for, it may make little sense", file=sys.stderr,
+        )  # fmt: skip
 
 
 def open_model(source, options):
@@ -256,13 +285,21 @@ def check_device(name: str | None) -> None:
 
 
 def ends_of(folder: Path) -> set[int]:
-    """The tokens that end a text, from generation_config.json if it says so, or else from config.json."""
+    """The tokens that end a text, from generation_config.json if it says so, or else from config.json.
+
+    CheckpointError where one of these files can't be read or names what is no token.
+    """
     from llmlib.hf.checkpoint import read_json
 
     for file in (folder / "generation_config.json", folder / "config.json"):
         ends = read_json(file).get("eos_token_id") if file.exists() else None
         if ends is not None:
-            return set(ends) if isinstance(ends, list) else {ends}
+            ends = ends if isinstance(ends, list) else [ends]
+            require(
+                all(type(end) is int for end in ends),
+                f"{file}: eos_token_id is {ends}, and must be whole numbers", CheckpointError,
+            )  # fmt: skip
+            return set(ends)
     return set()
 
 
@@ -306,6 +343,9 @@ def run_compare(options) -> None:
     rows = difference(one, other)
     if options.json:
         print(json.dumps([dict(zip(("what", options.one, options.other), row, strict=True)) for row in rows], indent=2))
+        return
+    if not rows:
+        print(f"{options.one} and {options.other} are the same")
         return
     rows = [("", options.one, options.other), *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]

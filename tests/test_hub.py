@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from llmlib import CheckpointError, UnsupportedArchitectureError, load
 from llmlib.cli import main
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 COMMIT, OLDER = "a" * 40, "b" * 40
 
@@ -258,6 +258,7 @@ def test_a_name_that_can_not_be_fetched_is_a_line_on_stderr(command, cache, caps
     assert "couldn't be fetched from the hub" in last
 
 
+@pytest.mark.slow
 def test_a_fresh_process_takes_the_hub_and_the_cache_from_its_environment(hub, models, cache, capsys):
     options = ["generate", "--max-new-tokens", "5", "--json"]
     assert main([*options, str(models["tiny/single"][COMMIT]), "(a)"]) == 0

@@ -96,16 +96,21 @@ class Checkpoint:
 
     def copy_(self, target: Tensor, name: str) -> None:
         """Copy a tensor into one of the same shape, block by block, converting it on the way."""
-        shape = self.shape(name)
-        if not shape:
+        if not self.shape(name):
             target.copy_(self.read(name))
             return
-        rows = max(1, _BLOCK_BYTES * shape[0] // max(1, _bytes(self._slice(name))))
-        for start in range(0, shape[0], rows):
-            part = self._slice(name)
-            block = part[start : start + rows]
+        for rows, block in self.blocks(name):
+            target[rows].copy_(block)
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """A tensor piece by piece along its first axis: (which rows, those rows)."""
+        length = self.shape(name)[0]
+        step = max(1, _BLOCK_BYTES * length // max(1, _bytes(self._slice(name))))
+        for start in range(0, length, step):
+            rows = slice(start, start + step)
+            block = self._slice(name)[rows]
             self._read += block.numel() * block.element_size()
-            target[start : start + rows].copy_(block)
+            yield rows, block
 
 
 def _bytes(part) -> int:
@@ -137,6 +142,6 @@ def read_json(file: Path) -> dict:
         raise CheckpointError(f"there is no {file}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} can't be read as JSON ({error})") from None
-    if not isinstance(data, dict) or not data:
-        raise CheckpointError(f"{file} holds no JSON object with keys")
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
     return data

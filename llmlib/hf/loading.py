@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llmlib.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+from llmlib.errors import CheckpointError, ConfigError, UnsupportedArchitectureError, require
 from llmlib.hf.checkpoint import Checkpoint, read_json
 from llmlib.hf.hub import DESCRIPTION, fetch, fetch_weights
 from llmlib.hf.keys import Keys
@@ -37,6 +37,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def family(model_type: str, **settings) -> Callable:
@@ -57,8 +58,10 @@ def load(path_or_id: str | Path, device=None, dtype: torch.dtype = torch.float32
     device      where to put it (the CPU by default); dtype  what to compute in, whatever the file stores
     Weights are read block by block straight into place, so memory never holds much more than the model.
     Raises CheckpointError (a file, tensor or key is missing, surplus, broken or of the wrong shape) and
-    UnsupportedArchitectureError (an unknown model_type, or a key that would change the result and isn't understood).
+    UnsupportedArchitectureError (an unknown model_type, or a key that would change the result and isn't understood);
+    ConfigError for a dtype that isn't floating point of 16 bits or more.
     """
+    require(dtype in DTYPES, f"dtype is {dtype!r}, and must be {' or '.join(map(str, DTYPES))}")
     folder = find(path_or_id)
     config, chosen = read_config(folder)
     source = Checkpoint(folder)
@@ -93,21 +96,40 @@ def find(path_or_id: str | Path, *, weights: bool = True) -> Path:
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, Family]:
-    """The config of a checkpoint, and the family that reads it."""
+    """The config of a checkpoint's folder, and the family that reads it.
+
+    Raises what `load` does for a config.json that can't be read, and for weights that aren't the whole model as they
+    stand: quantised ones, and those that an adapter changes.
+    """
     import llmlib.hf.families  # noqa: F401  (registers them)
 
     file = Path(folder) / "config.json"
+    if (adapter := file.with_name("adapter_config.json")).exists():
+        raise CheckpointError(
+            f"{adapter} says that an adapter belongs to these weights, and llmlib reads none: merge it into them first "
+            f"(merge_and_unload of peft), save the merged model, and load that"
+        )
     data = read_json(file)
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnsupportedArchitectureError(
             f"{file}: model_type is {kind!r}; llmlib reads {', '.join(sorted(FAMILIES))}"
         )
+    _require_unquantised(data, file)
     keys = Keys(data, file)
     with _blamed_on(file):
         config = FAMILIES[kind].read(keys)
     keys.finish()
     return config, FAMILIES[kind]
+
+
+def _require_unquantised(data: dict, file: Path) -> None:
+    if quantised := data.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UnsupportedArchitectureError(
+            f"{file}: quantization_config says that the weights are quantised ({method}), and llmlib reads only plain "
+            f"ones: look for an unquantised copy of the model, in bfloat16 say"
+        )
 
 
 @contextlib.contextmanager
@@ -149,8 +171,11 @@ def _repeats_embedding(name: str, embedding: nn.Embedding, source) -> bool:
     """Whether a tensor is the tied head, stored once more; a head of other numbers is an error."""
     if not name.endswith(("lm_head.weight", "embed_out.weight")):
         return False
-    stored = source.read(name).to(embedding.weight)
-    if stored.shape != embedding.weight.shape or not torch.equal(stored, embedding.weight):
+    weight = embedding.weight
+    source.require_floats(name)
+    if source.shape(name) != tuple(weight.shape) or not all(
+        torch.equal(block.to(weight), weight[rows]) for rows, block in source.blocks(name)
+    ):
         raise CheckpointError(
             f"{source.files[name]}: the config ties the head to the embedding, and {name!r} differs from it"
         )
@@ -190,6 +215,9 @@ class _Prefixed:
 
     def read(self, name: str) -> Tensor:
         return self.source.read(self._stored(name))
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        return self.source.blocks(self._stored(name))
 
     def copy_(self, target: Tensor, name: str) -> None:
         self.source.copy_(target, self._stored(name))
