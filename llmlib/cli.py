@@ -25,7 +25,13 @@ _EXAMPLES = """examples:
   python -m llmlib generate --preset "def read(path):" --temperature 0.8 --seed 1
   python -m llmlib compare llama-2-7b llama-3-8b
   python -m llmlib train config.yaml --steps 500 --out checkpoints/run.pt
+
+COMMAND --help explains the options of a command.
 """
+_MODEL = (
+    "a preset (llama-3-8b), a checkpoint's folder, a name on the Hugging Face hub (owner/name, or owner/name@revision), "
+    "or a YAML file"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,36 +42,53 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    info = commands.add_parser("info", help="what a model is made of and what it costs")
-    info.add_argument("model", help="a preset (llama-3-8b), a checkpoint's folder, a hub name, or a YAML file")
-    info.add_argument("--context", type=int, default=4096, help="tokens in the cache (default 4096)")
-    info.add_argument("--batch", type=int, default=1, help="sequences at once (default 1)")
-    info.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of weights and cache")
+    info = commands.add_parser("info", help="what a model is made of and what it costs",
+                               description="Print a model's layers, its parameters by part, and what a token costs. No "
+                                           "weights are read, nor fetched.")  # fmt: skip
+    info.add_argument("model", help=_MODEL)
+    info.add_argument("--context", type=int, default=4096, metavar="N", help="length of the text (default 4096 tokens)")
+    info.add_argument("--batch", type=int, default=1, metavar="N", help="texts at once (default 1)")
+    info.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache (default bfloat16)")
     info.add_argument("--svg", metavar="FILE", help="also write the block diagram as SVG")
     info.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     info.set_defaults(run=run_info)
 
-    generate = commands.add_parser("generate", help="continue a text")
-    generate.add_argument("words", nargs="*", metavar="MODEL PROMPT", help="a folder or hub name, then prompts")
-    generate.add_argument("--preset", action="store_true", help="use the small model trained in the book: prompts only")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most so many (default 64)")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
-    generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
-    generate.add_argument("--top-p", type=float, metavar="P", help="draw among those that make up probability P")
-    generate.add_argument("--seed", type=int, help="the same seed draws the same text")
+    generate = commands.add_parser("generate", help="continue a text",
+                                   description="Continue each prompt by a model's next tokens. What is fetched from the "
+                                               "hub is kept, and read without a network afterwards.")  # fmt: skip
+    generate.add_argument("words", nargs="*", metavar="MODEL PROMPT",
+                          help="a checkpoint's folder or its name on the Hugging Face hub (owner/name, or "
+                               "owner/name@revision), then one prompt or several, each in quotes")  # fmt: skip
+    generate.add_argument("--preset", action="store_true",
+                          help="name no MODEL: the small one that the book trains continues the prompts")  # fmt: skip
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N",
+                          help="stop after N tokens, where the model doesn't before (default 64)")  # fmt: skip
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                          help="0 takes the most likely token each time (default); 1 draws by the model's "
+                               "probabilities; between them the likely ones gain")  # fmt: skip
+    generate.add_argument("--top-k", type=int, metavar="K",
+                          help="draw among the K most likely tokens only; needs a temperature above 0")  # fmt: skip
+    generate.add_argument("--top-p", type=float, metavar="P",
+                          help="draw among the fewest tokens that make up probability P (0 < P ≤ 1); needs a temperature "
+                               "above 0")  # fmt: skip
+    generate.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same text (default: anew)")
     generate.add_argument("--dtype", choices=DTYPES, default="float32", help="what to compute in (default float32)")
     generate.add_argument("--device", help="cpu, cuda, mps (default: cpu)")
-    generate.add_argument("--json", action="store_true", help="print one JSON object for each prompt")
+    generate.add_argument("--json", action="store_true", help="print a JSON object for each prompt, one a line")
     generate.set_defaults(run=run_generate)
 
-    compare = commands.add_parser("compare", help="what differs between two models")
-    compare.add_argument("one", help="a preset, a checkpoint's folder, a hub name, or a YAML file")
+    compare = commands.add_parser("compare", help="what differs between two models",
+                                  description="Print each setting that two models don't share. No weights are read, nor "
+                                              "fetched.")  # fmt: skip
+    compare.add_argument("one", help=_MODEL)
     compare.add_argument("other", help="what to compare it with, named likewise")
     compare.add_argument("--svg", metavar="FILE", help="also write the table as SVG")
     compare.add_argument("--json", action="store_true", help="print one JSON list instead of text")
     compare.set_defaults(run=run_compare)
 
-    train = commands.add_parser("train", help="train a model from a YAML config, on bytes")
+    train = commands.add_parser("train", help="train a model from a YAML config, on bytes",
+                                description="Train a model to predict the next byte of a text, and go on where an "
+                                            "earlier run stopped.")  # fmt: skip
     train.add_argument("config", help="a YAML file: a ModelConfig with vocab_size 256, or the compact form")
     train.add_argument("--data", help="a text file or folder (default: Python's own standard library)")
     train.add_argument("--steps", type=int, default=500, help="optimiser steps in all (default 500)")

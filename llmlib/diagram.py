@@ -28,6 +28,7 @@ class Drawing:
         return f'<div class="diagram">{self.svg}</div>'
 
     def save(self, path) -> None:
+        """Write the picture to a file; raises OSError where that can't be."""
         with open(path, "w", encoding="utf-8") as file:
             file.write(self.svg)
 

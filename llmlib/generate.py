@@ -23,7 +23,7 @@ def sample(
 
     temperature 0 takes the most likely token; otherwise the token is drawn from softmax(logits / temperature),
     cut to the `top_k` most likely tokens, then to the smallest set whose probability reaches `top_p`
-    (nucleus sampling, arXiv 1904.09751). Ties at the k-th place all stay in.
+    (nucleus sampling, arXiv 1904.09751). Ties at the k-th place all stay in. Nothing is checked here: `generate` does.
     """
     if temperature == 0:
         return logits.argmax(-1)
