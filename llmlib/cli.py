@@ -29,8 +29,8 @@ _EXAMPLES = """examples:
 COMMAND --help explains the options of a command.
 """
 _MODEL = (
-    "a preset (llama-3-8b), a checkpoint's folder, a name on the Hugging Face hub (owner/name, or owner/name@revision), "
-    "or a YAML file"
+    "a preset (llama-3-8b), a checkpoint's folder, a name on the Hugging Face hub (owner/name, or "
+    "owner/name@revision), or a YAML file"
 )
 
 
@@ -43,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="what a model is made of and what it costs",
-                               description="Print a model's layers, its parameters by part, and what a token costs. No "
-                                           "weights are read, nor fetched.")  # fmt: skip
+                               description="Print a model's layers, its parameters by part, and what a token costs. "
+                                           "No weights are read, nor fetched.")  # fmt: skip
     info.add_argument("model", help=_MODEL)
     info.add_argument("--context", type=int, default=4096, metavar="N", help="length of the text (default 4096 tokens)")
     info.add_argument("--batch", type=int, default=1, metavar="N", help="texts at once (default 1)")
@@ -54,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
     info.set_defaults(run=run_info)
 
     generate = commands.add_parser("generate", help="continue a text",
-                                   description="Continue each prompt by a model's next tokens. What is fetched from the "
-                                               "hub is kept, and read without a network afterwards.")  # fmt: skip
+                                   description="Continue each prompt by a model's next tokens. What is fetched from "
+                                               "the hub is kept, and read without a network afterwards.")  # fmt: skip
     generate.add_argument("words", nargs="*", metavar="MODEL PROMPT",
                           help="a checkpoint's folder or its name on the Hugging Face hub (owner/name, or "
                                "owner/name@revision), then one prompt or several, each in quotes")  # fmt: skip
@@ -69,8 +69,8 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, metavar="K",
                           help="draw among the K most likely tokens only; needs a temperature above 0")  # fmt: skip
     generate.add_argument("--top-p", type=float, metavar="P",
-                          help="draw among the fewest tokens that make up probability P (0 < P ≤ 1); needs a temperature "
-                               "above 0")  # fmt: skip
+                          help="draw among the fewest tokens that make up probability P (0 < P ≤ 1); needs a "
+                               "temperature above 0")  # fmt: skip
     generate.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same text (default: anew)")
     generate.add_argument("--dtype", choices=DTYPES, default="float32", help="what to compute in (default float32)")
     generate.add_argument("--device", help="cpu, cuda, mps (default: cpu)")
@@ -78,8 +78,8 @@ def parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=run_generate)
 
     compare = commands.add_parser("compare", help="what differs between two models",
-                                  description="Print each setting that two models don't share. No weights are read, nor "
-                                              "fetched.")  # fmt: skip
+                                  description="Print each setting that two models don't share. No weights are read, "
+                                              "nor fetched.")  # fmt: skip
     compare.add_argument("one", help=_MODEL)
     compare.add_argument("other", help="what to compare it with, named likewise")
     compare.add_argument("--svg", metavar="FILE", help="also write the table as SVG")
