@@ -16,6 +16,7 @@ from llmlib.errors import (
 )
 
 BOOK_MODEL = Path(__file__).parent / "book_model"
+_MOST = 10**9
 DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLES = """examples:
   python -m llmlib info llama-3-8b --context 8192
@@ -24,7 +25,13 @@ _EXAMPLES = """examples:
   python -m llmlib generate --preset "def read(path):" --temperature 0.8 --seed 1
   python -m llmlib compare llama-2-7b llama-3-8b
   python -m llmlib train config.yaml --steps 500 --out checkpoints/run.pt
+
+COMMAND --help explains the options of a command.
 """
+_MODEL = (
+    "a preset (llama-3-8b), a checkpoint's folder, a name on the Hugging Face hub (owner/name, or "
+    "owner/name@revision), or a YAML file"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,36 +42,53 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    info = commands.add_parser("info", help="what a model is made of and what it costs")
-    info.add_argument("model", help="a preset (llama-3-8b), a checkpoint's folder, a hub name, or a YAML file")
-    info.add_argument("--context", type=int, default=4096, help="tokens in the cache (default 4096)")
-    info.add_argument("--batch", type=int, default=1, help="sequences at once (default 1)")
-    info.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of weights and cache")
+    info = commands.add_parser("info", help="what a model is made of and what it costs",
+                               description="Print a model's layers, its parameters by part, and what a token costs. "
+                                           "No weights are read, nor fetched.")  # fmt: skip
+    info.add_argument("model", help=_MODEL)
+    info.add_argument("--context", type=int, default=4096, metavar="N", help="length of the text (default 4096 tokens)")
+    info.add_argument("--batch", type=int, default=1, metavar="N", help="texts at once (default 1)")
+    info.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache (default bfloat16)")
     info.add_argument("--svg", metavar="FILE", help="also write the block diagram as SVG")
     info.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     info.set_defaults(run=run_info)
 
-    generate = commands.add_parser("generate", help="continue a text")
-    generate.add_argument("words", nargs="*", metavar="MODEL PROMPT", help="a folder or hub name, then prompts")
-    generate.add_argument("--preset", action="store_true", help="use the small model trained in the book: prompts only")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most so many (default 64)")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
-    generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
-    generate.add_argument("--top-p", type=float, metavar="P", help="draw among those that make up probability P")
-    generate.add_argument("--seed", type=int, help="the same seed draws the same text")
+    generate = commands.add_parser("generate", help="continue a text",
+                                   description="Continue each prompt by a model's next tokens. What is fetched from "
+                                               "the hub is kept, and read without a network afterwards.")  # fmt: skip
+    generate.add_argument("words", nargs="*", metavar="MODEL PROMPT",
+                          help="a checkpoint's folder or its name on the Hugging Face hub (owner/name, or "
+                               "owner/name@revision), then one prompt or several, each in quotes")  # fmt: skip
+    generate.add_argument("--preset", action="store_true",
+                          help="name no MODEL: the small one that the book trains continues the prompts")  # fmt: skip
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N",
+                          help="stop after N tokens, where the model doesn't before (default 64)")  # fmt: skip
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                          help="0 takes the most likely token each time (default); 1 draws by the model's "
+                               "probabilities; between them the likely ones gain")  # fmt: skip
+    generate.add_argument("--top-k", type=int, metavar="K",
+                          help="draw among the K most likely tokens only; needs a temperature above 0")  # fmt: skip
+    generate.add_argument("--top-p", type=float, metavar="P",
+                          help="draw among the fewest tokens that make up probability P (0 < P ≤ 1); needs a "
+                               "temperature above 0")  # fmt: skip
+    generate.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same text (default: anew)")
     generate.add_argument("--dtype", choices=DTYPES, default="float32", help="what to compute in (default float32)")
     generate.add_argument("--device", help="cpu, cuda, mps (default: cpu)")
-    generate.add_argument("--json", action="store_true", help="print one JSON object for each prompt")
+    generate.add_argument("--json", action="store_true", help="print a JSON object for each prompt, one a line")
     generate.set_defaults(run=run_generate)
 
-    compare = commands.add_parser("compare", help="what differs between two models")
-    compare.add_argument("one", help="a preset, a checkpoint's folder, a hub name, or a YAML file")
+    compare = commands.add_parser("compare", help="what differs between two models",
+                                  description="Print each setting that two models don't share. No weights are read, "
+                                              "nor fetched.")  # fmt: skip
+    compare.add_argument("one", help=_MODEL)
     compare.add_argument("other", help="what to compare it with, named likewise")
     compare.add_argument("--svg", metavar="FILE", help="also write the table as SVG")
     compare.add_argument("--json", action="store_true", help="print one JSON list instead of text")
     compare.set_defaults(run=run_compare)
 
-    train = commands.add_parser("train", help="train a model from a YAML config, on bytes")
+    train = commands.add_parser("train", help="train a model from a YAML config, on bytes",
+                                description="Train a model to predict the next byte of a text, and go on where an "
+                                            "earlier run stopped.")  # fmt: skip
     train.add_argument("config", help="a YAML file: a ModelConfig with vocab_size 256, or the compact form")
     train.add_argument("--data", help="a text file or folder (default: Python's own standard library)")
     train.add_argument("--steps", type=int, default=500, help="optimiser steps in all (default 500)")
@@ -78,16 +102,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status. Errors that llmlib foresees are one line on stderr, status 2."""
+    """Run one command; returns the exit status.
+
+    0: done. 2: an error that llmlib foresees, as one line on stderr. 1: whoever read the output has gone. 130: Ctrl-C.
+    """
     options = parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except (ConfigError, CheckpointError, CorpusError, TrainingError, UnsupportedArchitectureError) as error:
         print(f"llmlib {options.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"llmlib {options.command}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -100,10 +134,10 @@ def config_of(name: str):
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return _from_yaml(path)
-    if path.is_dir() or "/" in name:
+    if os.path.isdir(name) or any(mark in name for mark in "/\\@"):
         from llmlib.hf import find, read_config
 
-        return read_config(find(name))[0]
+        return read_config(find(name, weights=False))[0]
     return presets.get(name)
 
 
@@ -122,7 +156,7 @@ def run_info(options) -> None:
     """Print what a model is made of, and what it costs."""
     for name in ("context", "batch"):
         value = getattr(options, name)
-        require(value >= 1, f"--{name} is {value}, and must be at least 1")
+        require(1 <= value <= _MOST, f"--{name} is {value}, and must be at least 1 and at most {_MOST:,}")
     config = config_of(options.model)
     facts = describe(config, options.context, options.batch, options.dtype)
     if options.svg:
@@ -195,10 +229,13 @@ def run_generate(options) -> None:
             "name a checkpoint's folder or a hub model, then a prompt; with neither at hand, use the small model that "
             "the book trains: python -m llmlib generate --preset \"def main():\""
         )  # fmt: skip
+    for prompt in prompts:
+        require(is_text(prompt), f"the prompt {prompt!r} isn't valid Unicode: is it in your terminal's encoding?")
     if not prompts:
         raise ConfigError('there is no prompt: put it in quotes after the model, "The capital city of France is"')
     model, tokenizer, ends = open_model(BOOK_MODEL if options.preset else options.words[0], options)
     encoded = [tokenizer.encode(p) for p in prompts]
+    warn_of_length(max(map(len, encoded)) + options.max_new_tokens, model)
     for prompt, tokens in zip(prompts, encoded, strict=True):
         if not tokens:
             raise ConfigError(f"the prompt {prompt!r} has no tokens: write at least one character")
@@ -213,6 +250,21 @@ def run_generate(options) -> None:
         new = [t for t in row.tolist()[len(tokens) :] if t not in ends]
         text = tokenizer.decode([*tokens, *new])
         print(json.dumps({"prompt": prompt, "text": text, "tokens": new}) if options.json else text)
+
+
+def is_text(prompt: str) -> bool:
+    """Whether a prompt can be written as UTF-8; an argument's bytes that are none come as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in prompt)
+
+
+def warn_of_length(length: int, model) -> None:
+    """Say on stderr that a text may outgrow what its model has seen; a table of positions has an error of its own."""
+    meant = model.config.max_seq_len
+    if meant is not None and length > meant and not hasattr(model.position, "max_positions"):
+        print(
+            f"llmlib generate: the text may grow to {length:,} tokens; beyond {meant:,}, which this model is meant "
+            f"for, it may make little sense", file=sys.stderr,
+        )  # fmt: skip
 
 
 def open_model(source, options):
@@ -256,13 +308,21 @@ def check_device(name: str | None) -> None:
 
 
 def ends_of(folder: Path) -> set[int]:
-    """The tokens that end a text, from generation_config.json if it says so, or else from config.json."""
+    """The tokens that end a text, from generation_config.json if it says so, or else from config.json.
+
+    CheckpointError where one of these files can't be read or names what is no token.
+    """
     from llmlib.hf.checkpoint import read_json
 
     for file in (folder / "generation_config.json", folder / "config.json"):
         ends = read_json(file).get("eos_token_id") if file.exists() else None
         if ends is not None:
-            return set(ends) if isinstance(ends, list) else {ends}
+            ends = ends if isinstance(ends, list) else [ends]
+            require(
+                all(type(end) is int for end in ends),
+                f"{file}: eos_token_id is {ends}, and must be whole numbers", CheckpointError,
+            )  # fmt: skip
+            return set(ends)
     return set()
 
 
@@ -306,6 +366,9 @@ def run_compare(options) -> None:
     rows = difference(one, other)
     if options.json:
         print(json.dumps([dict(zip(("what", options.one, options.other), row, strict=True)) for row in rows], indent=2))
+        return
+    if not rows:
+        print(f"{options.one} and {options.other} are the same")
         return
     rows = [("", options.one, options.other), *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]

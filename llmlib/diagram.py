@@ -28,12 +28,16 @@ class Drawing:
         return f'<div class="diagram">{self.svg}</div>'
 
     def save(self, path) -> None:
+        """Write the picture to a file; raises OSError where that can't be."""
         with open(path, "w", encoding="utf-8") as file:
             file.write(self.svg)
 
 
 def diagram(config: ModelConfig) -> Drawing:
-    """The flow through a model: embedding, each run of equal layers once with its count, norm and head."""
+    """The flow through a model: embedding, each run of equal layers once with its count, norm and head.
+
+    Blue is attention, green a state space, orange a feed-forward, violet experts, pink mixers side by side.
+    """
     canvas = _Canvas()
     canvas.box("embedding", [f"{config.vocab_size:,} × {config.d_model:,}"], "grey", _STEM - 24, 250)
     if config.position is not None:
@@ -264,7 +268,10 @@ def _plus(x, y) -> str:
 
 
 def difference(one: ModelConfig, other: ModelConfig) -> list[tuple[str, str, str]]:
-    """Rows (what, in one, in the other) for everything that differs: fields of the config, options of each part."""
+    """Rows (what, in one, in the other) for everything that differs: fields of the config, options of each part.
+
+    An option that one of them leaves out has its default there; layers are compared in pairs, from the first on.
+    """
     rows = []
     for field in dataclasses.fields(ModelConfig):
         if field.name not in ("layers", "name"):
@@ -296,8 +303,15 @@ def _compare(name: str, a, b) -> list[tuple[str, str, str]]:
         return []
     if isinstance(a, Spec) and isinstance(b, Spec) and a.cls is b.cls:
         keys = dict.fromkeys([*a.options, *b.options])
-        return [row for k in keys for row in _compare(f"{name}.{k}", a.options.get(k), b.options.get(k))]
+        return [row for k in keys for row in _compare(f"{name}.{k}", _option(a, k), _option(b, k))]
     return [(name, _word(a), _word(b))]
+
+
+def _option(spec: Spec, key: str):
+    """The value of an option, given or by default."""
+    parameter = inspect.signature(spec.cls).parameters.get(key)
+    default = None if parameter is None or parameter.default is parameter.empty else parameter.default
+    return spec.options.get(key, default)
 
 
 def _word(value) -> str:

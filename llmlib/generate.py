@@ -1,12 +1,15 @@
 """Sampling from anything that maps tokens and a state to logits."""
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llmlib.errors import require
+from llmlib.errors import require, require_counts
+
+_COLDEST = 1e-30  # float32 would overflow below; the draw has long been greedy
 
 
 def sample(
@@ -20,11 +23,11 @@ def sample(
 
     temperature 0 takes the most likely token; otherwise the token is drawn from softmax(logits / temperature),
     cut to the `top_k` most likely tokens, then to the smallest set whose probability reaches `top_p`
-    (nucleus sampling, arXiv 1904.09751). Ties at the k-th place all stay in.
+    (nucleus sampling, arXiv 1904.09751). Ties at the k-th place all stay in. Nothing is checked here: `generate` does.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float() / max(temperature, _COLDEST)
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probabilities = logits.softmax(-1)
@@ -51,14 +54,16 @@ def generate(
     """Continue each prompt by `max_new_tokens`, keeping the model's state so that each token is read once.
 
     model   has `new_state(reserve)`, `hidden(tokens, state, valid=…)`, `logits(hidden)`, `config.vocab_size`
+            and may have `position.max_positions`, the length of a table of positions
     tokens  (b t), or a list of prompts of any lengths, which are padded on the left and come back as a list
+    seed    the same seed draws the same for the same batch; the rows of a batch draw in turn from one source
     stop    a token that ends a sequence, or several; what follows one repeats it, and a list is cut after it
     stream  is called with each new column of tokens (b)
     Returns the prompts and what was added. Raises ConfigError for settings out of range and for unknown tokens.
     """
     device = next(model.parameters()).device
     prompts, valid = _prompts(tokens, device)
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, seed)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     b, t = prompts.shape
     out = torch.cat([prompts, prompts.new_zeros(b, max_new_tokens)], 1)
@@ -116,16 +121,23 @@ class _Valid:
         return torch.arange(index[1].stop, device=self.start.device) >= self.start[:, None]
 
 
-def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
-    require(max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}, and must be 0 or more")
+def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, seed) -> None:
+    require_counts(0, max_new_tokens=max_new_tokens)
+    require_counts(top_k=top_k)
     require(temperature >= 0, f"temperature is {temperature}, and must be 0 (greedy) or more")
-    require(top_k is None or top_k >= 1, f"top_k is {top_k}, and must be at least 1, or None for all tokens")
     require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, and must be above 0 and at most 1, or None")
+    require(seed is None or -(2**63) <= seed < 2**64, f"seed is {seed}, and must fit in 64 bits")
     low, high, vocab = prompts.min().item(), prompts.max().item(), model.config.vocab_size
     require(
         low >= 0 and high < vocab,
         f"the prompt has token {high if high >= vocab else low}, and this model's vocabulary is 0 to {vocab - 1}: "
         "was it encoded by another tokenizer?",
+    )
+    length, table = prompts.shape[1], getattr(getattr(model, "position", None), "max_positions", math.inf)
+    require(
+        length + max_new_tokens - 1 <= table,
+        f"a prompt of {length} tokens and {max_new_tokens} new ones don't fit in this model's {table} positions: "
+        "shorten the prompt or ask for fewer",
     )
 
 

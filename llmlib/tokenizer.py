@@ -33,9 +33,13 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Learn vocab_size − 256 merges from `texts`; the same texts give the same merges."""
+        """Learn up to vocab_size − 256 merges from `texts`, fewer where they run out of pairs that come twice.
+
+        The same texts give the same merges. ConfigError for a vocab_size below 256.
+        """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+        require(not isinstance(texts, str), "texts is one string, and must be several: put it in a list")
         require(vocab_size >= 256, f"vocab_size is {vocab_size}, and byte-level BPE starts from 256 bytes")
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,13 +51,16 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, file: str | Path) -> "BPETokenizer":
-        """Read a tokenizer.json."""
+        """Read a tokenizer.json; CheckpointError where it can't be read. No text is cut or padded, whatever it says."""
         from tokenizers import Tokenizer
 
         try:
-            return cls(Tokenizer.from_file(str(file)))
+            tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # noqa: BLE001  (the library raises plain Exception)
             raise CheckpointError(f"{file} can't be read as a tokenizer ({error})") from None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer)
 
     def save(self, file: str | Path) -> None:
         """Write a tokenizer.json."""
@@ -86,8 +93,8 @@ class _FromTransformers:
 def load_tokenizer(folder: str | Path):
     """The tokenizer of a checkpoint's folder: tokenizer.json, or the older files through `transformers`.
 
-    A folder of a byte-level model (vocabulary 256) without any of these files gets
-    `ByteTokenizer` from its caller; here a missing tokenizer is a CheckpointError that says what to add.
+    It has `encode(text)` → token ids, `decode(tokens)` → text, and `vocab_size`. A missing or broken one is a
+    CheckpointError that says what to add. Code that comes with a checkpoint is never run.
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").exists():
@@ -101,4 +108,7 @@ def load_tokenizer(folder: str | Path):
         raise CheckpointError(
             f"{folder} has {older[0]} and no tokenizer.json: pip install transformers to read it"
         ) from None
-    return _FromTransformers(AutoTokenizer.from_pretrained(folder))
+    try:
+        return _FromTransformers(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:  # noqa: BLE001  (each format fails in its own way)
+        raise CheckpointError(f"{folder / older[0]} can't be read as a tokenizer ({error})") from None

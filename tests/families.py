@@ -273,6 +273,17 @@ def published(kind: str, keys: dict, folder: Path, spelling: str = "raw"):
     return model
 
 
+def small_tokenizer(special):
+    """Characters as tokens: enough of them for the 97 of the tiny models."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocabulary = {token: i for i, token in enumerate([*special, *(chr(33 + i) for i in range(94)), " "])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.add_special_tokens(special)
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
 def edit_config(folder: Path, **changes) -> None:
     """Set keys of a saved config.json; None removes one."""
     file = folder / "config.json"

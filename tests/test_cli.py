@@ -1,6 +1,7 @@
 """The command line, as a person calls it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from llmlib import presets
-from llmlib.cli import BOOK_MODEL, main, parser, short
+from llmlib.cli import BOOK_MODEL, ends_of, main, parser, short
 from llmlib.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 
 TEXT = "def read(path):\n    return path.read_text()\n" * 50
@@ -91,21 +92,10 @@ def begins(tmp_path_factory):
 
     theirs, folder = families.saved("llama", tmp_path_factory.mktemp("begins"))
     special = {"<s>": 0, "</s>": 1}
-    tokenizer = small_tokenizer(list(special))
+    tokenizer = families.small_tokenizer(list(special))
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=list(special.items()))
     tokenizer.save(str(folder / "tokenizer.json"))
     return theirs, tokenizer, folder
-
-
-def small_tokenizer(special):
-    """Characters as tokens: enough of them for the 97 of the tiny models."""
-    from tokenizers import Tokenizer, decoders, models
-
-    vocabulary = {token: i for i, token in enumerate([*special, *(chr(33 + i) for i in range(94)), " "])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.add_special_tokens(special)
-    tokenizer.decoder = decoders.Fuse()
-    return tokenizer
 
 
 def greedy(theirs, tokens, **options):
@@ -177,7 +167,7 @@ def test_the_model_trained_in_the_book_writes_python():
     ("arguments", "message"),
     [
         (["info", "llama-9"], "there is no preset 'llama-9'; the nearest are llama-"),
-        (["info", "./nowhere"], "there is no folder nowhere"),
+        (["info", "./nowhere"], "there is no folder ./nowhere"),
         (["info", "config.yaml"], "config.yaml can't be read"),
         (["generate"], "python -m llmlib generate --preset"),
         (["generate", "./nowhere", "hello"], "generate --preset PROMPT"),
@@ -192,6 +182,13 @@ def test_the_model_trained_in_the_book_writes_python():
         ),
         (["info", "gpt2", "--batch", "0"], "--batch is 0, and must be at least 1"),
         (["info", "gpt2", "--context", "-3"], "--context is -3, and must be at least 1"),
+        (["info", "gpt2", "--context", "1" + 20 * "0"], "and must be at least 1 and at most 1,000,000,000"),
+        (["generate", "--preset", "a\udcff"], "the prompt 'a\\udcff' isn't valid Unicode"),
+        (["generate", "a prompt of many words " * 99, "x"], "there is no folder a prompt of many words"),
+        (["generate", "--preset", "x", "--temperature", "1", "--seed", "9" * 30], "must fit in 64 bits"),
+        (["info", r"C:\models\llama"], r"there is no folder C:\models\llama"),
+        (["info", "~nobody-here/llama"], "there is no folder ~nobody-here/llama"),
+        (["info", __file__], "test_cli.py is a file: give the folder that it is in"),
         (["info", "gpt2", "--svg", "none/a.svg"], "--svg none/a.svg can't be written (No such file or directory)"),
         (["compare", "gpt2", "llama-3-8b", "--svg", "none/a.svg"], "--svg none/a.svg can't be written"),
     ],
@@ -202,6 +199,65 @@ def test_mistakes_are_one_line_on_stderr(arguments, message, capsys, monkeypatch
     assert status == 2
     assert message in err
     assert out == ""
+
+
+@pytest.mark.parametrize("ends", ['"a"', "[1, [2]]", "2.5", "true", "[null]"])
+def test_ends_that_are_no_tokens(ends, tmp_path):
+    from llmlib import CheckpointError
+
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
+    with pytest.raises(CheckpointError, match="generation_config.json: eos_token_id is .*must be whole numbers"):
+        ends_of(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert ends_of(tmp_path) == set()
+
+
+def test_a_text_longer_than_its_model_is_meant_for(capsys):
+    status, out, err = run(capsys, "generate", "--preset", "x" * 600, "--max-new-tokens", 2)
+    assert status == 0
+    assert err.startswith("llmlib generate: the text may grow to ")
+    assert "beyond 512, which this model is meant for" in err
+    assert run(capsys, "generate", "--preset", "x", "--max-new-tokens", 2)[2] == ""
+
+
+def test_comparing_equals(capsys):
+    assert run(capsys, "compare", "gpt2", "gpt2")[1] == "gpt2 and gpt2 are the same\n"
+    assert run(capsys, "compare", "gpt2", "gpt2", "--json")[1] == "[]\n"
+
+
+class Interrupted:
+    """Standard output of someone who presses Ctrl-C, or whose disk is full, or who has gone."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def write(self, _):
+        raise self.error
+
+    def flush(self):
+        pass
+
+
+def test_ctrl_c_and_a_full_disk_leave_no_traceback(capsys, monkeypatch):
+    for error, status, message in (
+        (KeyboardInterrupt(), 130, "\n"),
+        (OSError(28, "No space left on device"), 2, "llmlib info: [Errno 28] No space left on device\n"),
+    ):
+        monkeypatch.setattr(sys, "stdout", Interrupted(error))
+        assert main(["info", "gpt2"]) == status
+        monkeypatch.undo()
+        assert capsys.readouterr().err == message
+
+
+def test_a_terminal_that_lacks_letters_and_a_reader_that_goes():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-m", "llmlib", "info", "gpt2"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "embedding  50,257 ? 768" in result.stdout
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 def test_training_resumes_and_reports(capsys, tmp_path):
@@ -272,8 +328,31 @@ def test_tokenizers_that_are_missing_or_broken(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="can't be read as a tokenizer"):
         load_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match="texts is one string, and must be several"):
+        BPETokenizer.train(TEXT, 300)
     with pytest.raises(ConfigError, match="vocab_size is 200, and byte-level BPE starts from 256"):
         BPETokenizer.train([TEXT], 200)
+
+
+def test_a_tokenizer_neither_cuts_nor_pads_a_prompt(tmp_path):
+    tokenizer = families.small_tokenizer([])
+    expected = tokenizer.encode("a" * 50).ids
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("a" * 50) == expected
+
+
+def test_older_tokenizers_run_no_code_and_ask_no_question(tmp_path):
+    from llmlib import CheckpointError
+
+    code = "raise SystemExit('this code was run')"
+    (tmp_path / "code.py").write_text(code)
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="vocab.json can't be read as a tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_units():

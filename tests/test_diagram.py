@@ -8,7 +8,7 @@ import pytest
 from llmlib import presets
 from llmlib.attention import Attention
 from llmlib.diagram import diagram, difference, difference_table, outline, runs
-from llmlib.ffn import SwiGLU
+from llmlib.ffn import MLP, SwiGLU
 from llmlib.model import Layer, ModelConfig, spec
 from llmlib.norm import RMSNorm
 
@@ -95,6 +95,13 @@ def test_difference_names_each_option_once():
     assert ("ffn.d_ff", "11,008", "14,336") in rows
     assert len(rows) == len(set(rows)) == 5
     assert difference(config(A), config(A, name="b")) == []
+
+
+def test_an_option_left_out_is_its_default():
+    one, other = spec(MLP, d_ff=8), spec(MLP, d_ff=8, bias=True)
+    assert difference(config(Layer(ffn=one)), config(Layer(ffn=other))) == []
+    rows = difference(config(Layer(ffn=one)), config(Layer(ffn=other.replace(bias=False))))
+    assert rows == [("ffn.bias", "True", "False")]
 
 
 def test_difference_of_patterns_and_lengths():

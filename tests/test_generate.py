@@ -9,6 +9,7 @@ from llmlib.ffn import SwiGLU
 from llmlib.generate import generate, sample
 from llmlib.model import CausalLM, Layer, ModelConfig, spec
 from llmlib.norm import RMSNorm
+from llmlib.position import LearnedPosition
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,23 @@ def test_filters_keep_exactly_what_they_say(options, allowed):
     assert set(draws.tolist()) == allowed
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-45, 1e-300])
+def test_the_colder_the_greedier(temperature):
+    logits = torch.tensor([[-2.0, 50.0, 49.0], [3.0, 1.0, 2.0]])
+    assert sample(logits, temperature).tolist() == sample(logits).tolist() == [1, 0]
+
+
+def test_a_text_that_outgrows_the_table_of_positions_is_refused_before_it_begins(model):
+    """The last token is never read, so it needs no position; padding takes none either."""
+    small = CausalLM(model.config.replace(position=spec(LearnedPosition, max_positions=8))).double()
+    assert small.generate(prompts(), 4).shape == (3, 9)
+    assert [len(row) for row in small.generate([[1], [1, 2, 3, 4, 5]], 4)] == [5, 9]
+    seen = []
+    with pytest.raises(ConfigError, match="a prompt of 5 tokens and 5 new ones don't fit in this model's 8 positions"):
+        small.generate(prompts(), 5, stream=seen.append)
+    assert seen == []
+
+
 def test_stop_ends_a_sequence(model):
     free = model.generate(prompts(), 20)
     stop = free[0, 9].item()
@@ -147,6 +165,10 @@ def test_generation_leaves_the_mode_as_it_was(model):
         (prompts(), {"temperature": -1}, "temperature is -1"),
         (prompts(), {"top_k": 0}, "top_k is 0"),
         (prompts(), {"top_p": 1.5}, "top_p is 1.5"),
+        (prompts(), {"top_p": 0}, "top_p is 0"),
+        (prompts(), {"top_k": 2.5}, "top_k is 2.5, and must be a whole number"),
+        (prompts(), {"temperature": float("nan")}, "temperature is nan"),
+        (prompts(), {"seed": 2**64}, "seed is 18446744073709551616, and must fit in 64 bits"),
         (prompts(), {"max_new_tokens": -2}, "max_new_tokens is -2"),
     ],
 )

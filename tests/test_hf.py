@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmlib import CheckpointError, UnsupportedArchitectureError, load
+from llmlib import CheckpointError, ConfigError, UnsupportedArchitectureError, load
 from llmlib.hf import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own deprecations are not ours to answer for
@@ -344,6 +344,16 @@ def broken_files():
         file = folder / "model.safetensors.index.json"
         file.write_text(file.read_text().replace('"lm_head.weight"', '"lm_tail.weight"'))
 
+    def twice(folder):
+        shard(folder)
+        file = folder / "model-00001-of-00002.safetensors"
+        save_file(load_file(file) | {"model.norm.weight": torch.ones(32)}, file)
+
+    def in_no_index(folder):
+        shard(folder)
+        file = folder / "model-00001-of-00002.safetensors"
+        save_file(load_file(file) | {"extra": torch.ones(32)}, file)
+
     def pickle_only(folder):
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -355,9 +365,14 @@ def broken_files():
         "weights cut": (cut, "model.safetensors is not a whole safetensors file"),
         "shard cut": (cut_shard, "model-00002-of-00002.safetensors is not a whole"),
         "shard gone": (lose_shard, "names the shard model-00002-of-00002.safetensors"),
-        "index empty": (empty_index, "index.json holds no JSON object"),
+        "index empty": (empty_index, "index.json has no 'weight_map'"),
         "index wrong": (wrong_index, "holds 'lm_tail.weight', and it doesn't"),
-        "shard a number": (place_head_in(7), "index.json puts 'lm_head.weight' in 7, which is no file's name"),
+        "tensor twice": (twice, "00001-of-00002.safetensors holds 'model.norm.weight', which .*places in model-00002"),
+        "tensor in no index": (in_no_index, "00001-of-00002.safetensors holds 'extra', which .* doesn't name"),
+        "shard a number": (
+            place_head_in(7),
+            "index.json puts 'lm_head.weight' in 7, which is no safetensors file's name",
+        ),
         "shard a list": (place_head_in(["a"]), r"index.json puts 'lm_head.weight' in \['a'\]"),
         "shard outside": (
             place_head_in("../out.safetensors"),
@@ -405,7 +420,7 @@ def test_pickle_files_are_never_opened(checkpoints, tmp_path):
     (folder / "model.safetensors").rename(bomb)
     index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="in 'pytorch_model.bin', which is no safetensors file's name"):
         load(folder)
     assert not mark.exists()
 
@@ -427,6 +442,8 @@ K_PROJ = "model.layers.1.self_attn.k_proj.weight"
         (lambda t: t.update({K_PROJ: t[K_PROJ].T}), r"has shape \(32, 16\); the config asks for \(16, 32\)"),
         (lambda t: t.update({K_PROJ: t[K_PROJ][:, :30]}), r"has shape \(16, 30\)"),
         (lambda t: t.update({K_PROJ: t[K_PROJ].to(torch.int8)}), "stored as I8.*use the unquantised"),
+        (lambda t: t.update({K_PROJ: t[K_PROJ].to(torch.float8_e4m3fn)}), "stored as F8_E4M3.*use the unquantised"),
+        (lambda t: t.update(extra=torch.ones(0)), "holds 1 tensor that this config has no place for: extra"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(edit, message, checkpoints, tmp_path):
@@ -434,6 +451,21 @@ def test_tensors_that_do_not_fit_are_named(edit, message, checkpoints, tmp_path)
     edit_tensors(folder, edit)
     with pytest.raises(CheckpointError, match=message):
         load(folder)
+
+
+def test_weights_that_an_adapter_changes_are_refused(checkpoints, tmp_path):
+    folder = copied(checkpoints, tmp_path)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for name in ("config.json", "model.safetensors"):
+        with pytest.raises(CheckpointError, match="adapter_config.json says that an adapter belongs.*merge it into"):
+            load(folder)
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64, "float16"])
+def test_a_dtype_that_nothing_can_be_computed_in(dtype, checkpoints):
+    with pytest.raises(ConfigError, match="dtype is .*, and must be torch.float32 or torch.bfloat16"):
+        load(families.saved("llama", checkpoints)[1], dtype=dtype)
 
 
 def test_a_fused_matrix_of_the_wrong_shape_is_named(checkpoints, tmp_path):
@@ -452,7 +484,12 @@ def test_a_fused_matrix_of_the_wrong_shape_is_named(checkpoints, tmp_path):
         ("llama", {"model_type": "t5"}, UnsupportedArchitectureError, "model_type is 't5'; llmlib reads bamba, bloom"),
         ("llama", {"model_type": None}, UnsupportedArchitectureError, "model_type is None"),
         ("llama", {"new_trick": 3}, UnsupportedArchitectureError, "doesn't understand new_trick = 3"),
-        ("llama", {"quantization_config": {"bits": 4}}, UnsupportedArchitectureError, "quantization_config"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedArchitectureError,
+         r"quantization_config says that the weights are quantised \(fp8\).*look for an unquantised copy"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, UnsupportedArchitectureError, "mxfp4"),
+        ("llama", {"text_config": {"model_type": "llama"}}, UnsupportedArchitectureError, "understand text_config"),
+        ("llama", {"rms_norm_eps": float("nan")}, CheckpointError, "rms_norm_eps is nan, and must be a number"),
+        ("llama", {"rms_norm_eps": True}, CheckpointError, "rms_norm_eps is True, and must be a number"),
         ("llama", {"hidden_act": "mish"}, UnsupportedArchitectureError, "hidden_act is 'mish'"),
         ("llama", {"hidden_size": None}, CheckpointError, "has no 'hidden_size'"),
         ("llama", {"hidden_size": "wide"}, CheckpointError, "config.json: d_model is 'wide'"),
@@ -509,13 +546,15 @@ def test_a_folder_that_is_not_there():
         load("/nowhere/at/all")
 
 
-def test_loading_needs_little_more_memory_than_the_weights(tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_loading_needs_little_more_memory_than_the_weights(tied, tmp_path):
     """Peak resident memory of a fresh process, against the same process that only imports and allocates nothing."""
     folder = tmp_path / "big"
     folder.mkdir()
     d, f, v, n = 512, 2048, 32768, 6
     config = {"model_type": "llama", "vocab_size": v, "hidden_size": d, "intermediate_size": f, "num_hidden_layers": n,
-              "num_attention_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 64}  # fmt: skip
+              "num_attention_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+              "tie_word_embeddings": tied}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     names = {"model.embed_tokens": (v, d), "lm_head": (v, d), "model.norm": (d,)}
     for i in range(n):
@@ -526,7 +565,7 @@ def test_loading_needs_little_more_memory_than_the_weights(tmp_path):
     save_file(
         {n + ".weight": torch.ones(s, dtype=torch.bfloat16) for n, s in names.items()}, folder / "model.safetensors"
     )
-    weights = 4 * sum(torch.Size(s).numel() for s in names.values())
+    weights = 4 * sum(torch.Size(s).numel() for n, s in names.items() if not (tied and n == "lm_head"))
     script = """
 import resource, sys, torch, llmlib
 import llmlib.hf.families

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmlib.errors import CheckpointError
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _BLOCK_BYTES = 8 << 20  # what is read at once: reading a tensor whole would need room for it twice
 _REOPEN_BYTES = 16 << 20  # pages of a mapped file stay resident while it is open
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -27,8 +28,7 @@ class Checkpoint:
         self._open, self._handle, self._read = None, None, 0
 
     def _find(self) -> tuple[Path, dict[str, Path]]:
-        index = self.folder / "model.safetensors.index.json"
-        single = self.folder / "model.safetensors"
+        index, single = self.folder / INDEX, self.folder / SINGLE
         if index.exists():
             return index, self._indexed(index)
         others = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
@@ -39,23 +39,20 @@ class Checkpoint:
             f"; {pickles[0]} holds pickled weights, which can run any code and are never opened: convert them to "
             f"safetensors" if pickles else ""
         )  # fmt: skip
-        raise CheckpointError(f"{self.folder} has no model.safetensors and no model.safetensors.index.json{remedy}")
+        raise CheckpointError(f"{self.folder} has no {SINGLE} and no {INDEX}{remedy}")
 
     def _indexed(self, index: Path) -> dict[str, Path]:
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise CheckpointError(f"{index} has no 'weight_map' from tensors to files")
-        for name, shard in places.items():
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise CheckpointError(f"{index} puts {name!r} in {shard!r}, which is no file's name in this folder")
-        for shard in sorted(set(places.values())):
+        places = _places(index)
+        for shard in shards(index):
             if not (self.folder / shard).exists():
                 raise CheckpointError(f"{index} names the shard {shard}, and {self.folder} has no such file")
             wanted, held = {n for n, s in places.items() if s == shard}, set(self._names(self.folder / shard))
             if wanted - held:
                 raise CheckpointError(f"{index} says that {shard} holds {min(wanted - held)!r}, and it doesn't")
-            if held - places.keys():
-                raise CheckpointError(f"{shard} holds {min(held - places.keys())!r}, which {index} doesn't name")
+            if held - wanted:
+                name = min(held - wanted)
+                says = f"places in {places[name]}" if name in places else "doesn't name"
+                raise CheckpointError(f"{shard} holds {name!r}, which {index} {says}")
         return {name: self.folder / shard for name, shard in places.items()}
 
     @staticmethod
@@ -99,20 +96,42 @@ class Checkpoint:
 
     def copy_(self, target: Tensor, name: str) -> None:
         """Copy a tensor into one of the same shape, block by block, converting it on the way."""
-        shape = self.shape(name)
-        if not shape:
+        if not self.shape(name):
             target.copy_(self.read(name))
             return
-        rows = max(1, _BLOCK_BYTES * shape[0] // max(1, _bytes(self._slice(name))))
-        for start in range(0, shape[0], rows):
-            part = self._slice(name)
-            block = part[start : start + rows]
+        for rows, block in self.blocks(name):
+            target[rows].copy_(block)
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """A tensor piece by piece along its first axis: (which rows, those rows)."""
+        length = self.shape(name)[0]
+        step = max(1, _BLOCK_BYTES * length // max(1, _bytes(self._slice(name))))
+        for start in range(0, length, step):
+            rows = slice(start, start + step)
+            block = self._slice(name)[rows]
             self._read += block.numel() * block.element_size()
-            target[start : start + rows].copy_(block)
+            yield rows, block
 
 
 def _bytes(part) -> int:
     return torch.Size(part.get_shape()).numel() * (8 if part.get_dtype() == "F64" else 4)
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index names; CheckpointError unless each is a safetensors file beside it."""
+    return sorted(set(_places(index).values()))
+
+
+def _places(index: Path) -> dict[str, str]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} has no 'weight_map' from tensors to files")
+    for name, shard in places.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} puts {name!r} in {shard!r}, which is no safetensors file's name in this folder"
+            )
+    return places
 
 
 def read_json(file: Path) -> dict:
@@ -123,6 +142,6 @@ def read_json(file: Path) -> dict:
         raise CheckpointError(f"there is no {file}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} can't be read as JSON ({error})") from None
-    if not isinstance(data, dict) or not data:
-        raise CheckpointError(f"{file} holds no JSON object with keys")
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
     return data

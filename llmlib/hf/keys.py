@@ -1,5 +1,6 @@
 """Reading a published config.json: every key is understood, known to change nothing, or refused."""
 
+import math
 from pathlib import Path
 
 from llmlib.errors import CheckpointError, UnsupportedArchitectureError
@@ -54,7 +55,7 @@ class Keys:
         flag, number = isinstance(default, bool), isinstance(default, int | float)
         if flag and value not in (True, False):
             raise CheckpointError(f"{self.file}: {name} is {value!r}, and must be true or false")
-        if number and not isinstance(value, int | float):
+        if number and not flag and (isinstance(value, bool) or not _is_finite(value)):
             raise CheckpointError(f"{self.file}: {name} is {value!r}, and must be a number")
 
     def nullable(self, name: str, default=None):
@@ -109,6 +110,10 @@ class Keys:
                 f"{self.file}: llmlib doesn't understand {listed}, which may change the result. Remove the key if it "
                 f"changes nothing"
             )
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 ACTIVATIONS = {

@@ -1,6 +1,7 @@
 """`load`: a published checkpoint as a model, by its family's table."""
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llmlib.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+from llmlib.errors import CheckpointError, ConfigError, UnsupportedArchitectureError, require
 from llmlib.hf.checkpoint import Checkpoint, read_json
+from llmlib.hf.hub import DESCRIPTION, fetch, fetch_weights
 from llmlib.hf.keys import Keys
 from llmlib.hf.tables import fill, place
 from llmlib.model import CausalLM, ModelConfig
@@ -35,6 +37,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def family(model_type: str, **settings) -> Callable:
@@ -50,12 +53,15 @@ def family(model_type: str, **settings) -> Callable:
 def load(path_or_id: str | Path, device=None, dtype: torch.dtype = torch.float32) -> CausalLM:
     """A published model, ready to compute: `load("folder")` or, with a network, `load("openai-community/gpt2")`.
 
-    path_or_id  a folder with config.json and safetensors, or a name on the Hugging Face hub
-    device      where to put it (the CPU by default); dtype what to compute in, whatever the file stores
+    path_or_id  a folder with config.json and safetensors, or owner/name on the Hugging Face hub, if need be with
+                @revision; what was fetched once is read from the hub's cache, without a network too
+    device      where to put it (the CPU by default); dtype  what to compute in, whatever the file stores
     Weights are read block by block straight into place, so memory never holds much more than the model.
     Raises CheckpointError (a file, tensor or key is missing, surplus, broken or of the wrong shape) and
-    UnsupportedArchitectureError (an unknown model_type, or a key that would change the result and isn't understood).
+    UnsupportedArchitectureError (an unknown model_type, or a key that would change the result and isn't understood);
+    ConfigError for a dtype that isn't floating point of 16 bits or more.
     """
+    require(dtype in DTYPES, f"dtype is {dtype!r}, and must be {' or '.join(map(str, DTYPES))}")
     folder = find(path_or_id)
     config, chosen = read_config(folder)
     source = Checkpoint(folder)
@@ -66,45 +72,64 @@ def load(path_or_id: str | Path, device=None, dtype: torch.dtype = torch.float32
     return model.eval().requires_grad_(False)
 
 
-def find(path_or_id: str | Path) -> Path:
-    """A local folder, or one that `huggingface_hub` has fetched."""
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)):
-        raise CheckpointError(f"there is no folder {folder}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise CheckpointError(
-            f"there is no folder {folder}; to fetch {path_or_id!r} from the hub: pip install huggingface_hub"
-        ) from None
-    try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-    except Exception as error:  # noqa: BLE001  (the hub's client raises whatever its transport does)
-        raise CheckpointError(
-            f"there is no folder {folder}, and {path_or_id!r} couldn't be fetched from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
-            f"Give the path of a folder with config.json and model.safetensors"
-        ) from None
+def find(path_or_id: str | Path, *, weights: bool = True) -> Path:
+    """A local folder; or the one in the hub's cache, where `huggingface_hub` puts what isn't there yet.
+
+    path_or_id  a folder, or owner/name on the hub, or owner/name@revision (a branch, tag or commit; main by default)
+    weights     False fetches the config and the tokenizer only
+    No weights are fetched before the config is understood, and never a pickle file. Raises CheckpointError, with the
+    remedy, where there is no such folder and the hub can't give one; and what `read_config` raises.
+    """
+    path = os.path.expanduser(path_or_id)
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
+        raise CheckpointError(f"{path} is a file: give the folder that it is in")
+    name, _, revision = str(path_or_id).partition("@")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise CheckpointError(f"there is no folder {path}")
+    folder = fetch(name, revision or None, DESCRIPTION)
+    if weights:
+        read_config(folder)
+        fetch_weights(name, folder)
+    return folder
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, Family]:
-    """The config of a checkpoint, and the family that reads it."""
+    """The config of a checkpoint's folder, and the family that reads it.
+
+    Raises what `load` does for a config.json that can't be read, and for weights that aren't the whole model as they
+    stand: quantised ones, and those that an adapter changes.
+    """
     import llmlib.hf.families  # noqa: F401  (registers them)
 
     file = Path(folder) / "config.json"
+    if (adapter := file.with_name("adapter_config.json")).exists():
+        raise CheckpointError(
+            f"{adapter} says that an adapter belongs to these weights, and llmlib reads none: merge it into them first "
+            f"(merge_and_unload of peft), save the merged model, and load that"
+        )
     data = read_json(file)
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnsupportedArchitectureError(
             f"{file}: model_type is {kind!r}; llmlib reads {', '.join(sorted(FAMILIES))}"
         )
+    _require_unquantised(data, file)
     keys = Keys(data, file)
     with _blamed_on(file):
         config = FAMILIES[kind].read(keys)
     keys.finish()
     return config, FAMILIES[kind]
+
+
+def _require_unquantised(data: dict, file: Path) -> None:
+    if quantised := data.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UnsupportedArchitectureError(
+            f"{file}: quantization_config says that the weights are quantised ({method}), and llmlib reads only plain "
+            f"ones: look for an unquantised copy of the model, in bfloat16 say"
+        )
 
 
 @contextlib.contextmanager
@@ -146,11 +171,22 @@ def _repeats_embedding(name: str, embedding: nn.Embedding, source) -> bool:
     """Whether a tensor is the tied head, stored once more; a head of other numbers is an error."""
     if not name.endswith(("lm_head.weight", "embed_out.weight")):
         return False
-    stored = source.read(name).to(embedding.weight)
-    if stored.shape != embedding.weight.shape or not torch.equal(stored, embedding.weight):
+    source.require_floats(name)
+    if source.shape(name) != tuple(embedding.weight.shape) or not _equal(embedding.weight, name, source):
         raise CheckpointError(
             f"{source.files[name]}: the config ties the head to the embedding, and {name!r} differs from it"
         )
+    return True
+
+
+def _equal(weight: Tensor, name: str, source) -> bool:
+    """Whether a stored tensor holds the same numbers, compared piece by piece in one piece's room."""
+    room = None
+    for rows, block in source.blocks(name):
+        part = weight[rows]
+        room = torch.empty_like(part) if room is None else room[: len(part)]
+        if not torch.equal(room.copy_(block), part):
+            return False
     return True
 
 
@@ -187,6 +223,9 @@ class _Prefixed:
 
     def read(self, name: str) -> Tensor:
         return self.source.read(self._stored(name))
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        return self.source.blocks(self._stored(name))
 
     def copy_(self, target: Tensor, name: str) -> None:
         self.source.copy_(target, self._stored(name))

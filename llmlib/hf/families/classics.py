@@ -43,6 +43,7 @@ GPT2 = {
 
 @family("gpt2", table=GPT2, prefix="transformer.", buffers=(r"\.attn\.(masked_)?bias$",))
 def gpt2(c: Keys) -> ModelConfig:
+    """GPT-2: learned positions, one matrix for q, k and v (Radford et al., 2019)."""
     c.only("add_cross_attention", False)
     c.ignore("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
     d_model, num_heads = c("n_embd", 768, also=("hidden_size",)), c("n_head", 12, also=("num_attention_heads",))
@@ -82,6 +83,7 @@ def falcon_norms(config: ModelConfig, i: int) -> dict[str, str]:
 
 @family("falcon", table=FALCON, prefix="transformer.", choose=falcon_norms, buffers=(r"inv_freq$", r"\.alibi$"))
 def falcon(c: Keys) -> ModelConfig:
+    """Falcon: 7B, 11B, 40B and RW styles, as its flags say (arXiv 2311.16867)."""
     d_model, num_heads = c("hidden_size", also=("n_embed",)), c("num_attention_heads", also=("n_head",))
     new, bias, width = c("new_decoder_architecture", False), c("bias", False), d_model // num_heads
     kv = c("num_kv_heads", num_heads, also=("n_head_kv",))
@@ -123,6 +125,7 @@ NEOX = {
 
 @family("gpt_neox", table=NEOX, prefix="gpt_neox.", buffers=(r"attention\.(masked_)?bias$", r"inv_freq$"))
 def gpt_neox(c: Keys) -> ModelConfig:
+    """GPT-NeoX and Pythia: a parallel block with two norms (arXiv 2204.06745)."""
     d_model, num_heads, bias = c("hidden_size"), c("num_attention_heads"), c("attention_bias", True)
     c.ignore("classifier_dropout", "num_labels")
     names = ("rotary_emb_base", "rotary_pct")
@@ -158,6 +161,7 @@ PHI = {
 
 @family("phi", table=PHI, buffers=(r"inv_freq$",))
 def phi(c: Keys) -> ModelConfig:
+    """Phi-1, 1.5 and 2: a parallel block with one norm (arXiv 2309.05463)."""
     c.only("tie_word_embeddings", False)
     d_model, num_heads = c("hidden_size"), c("num_attention_heads")
     norm_spec = spec(LayerNorm, eps=c("layer_norm_eps", 1e-5))
@@ -190,6 +194,7 @@ BLOOM = {
 
 @family("bloom", table=BLOOM, prefix="transformer.")
 def bloom(c: Keys) -> ModelConfig:
+    """Bloom: ALiBi, and a norm on the embedding (arXiv 2211.05100)."""
     c.only("apply_residual_connection_post_layernorm", False)
     c.only("slow_but_exact", False)
     c.ignore("masked_softmax_fusion", "attention_softmax_in_fp32", "bias_dropout_fusion",
@@ -223,6 +228,7 @@ MPT = {
 
 @family("mpt", table=MPT, prefix="transformer.")
 def mpt(c: Keys) -> ModelConfig:
+    """MPT: ALiBi, no biases (https://huggingface.co/mosaicml/mpt-7b)."""
     # transformers reads none of these: it always has ALiBi with slopes from 2⁻⁸, no biases, and a fourfold width
     c.ignore("no_bias", "norm_type", "embedding_fraction", "expansion_ratio", "logit_scale", "learned_pos_emb",
              "init_device", "init_config", "emb_pdrop", "verbose")  # fmt: skip

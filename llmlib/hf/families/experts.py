@@ -54,6 +54,7 @@ def routed(c: Keys, expert: Spec, experts: int, **options) -> Spec:
 
 @family("mixtral", table=MIXTRAL, buffers=BUFFERS)
 def mixtral(c: Keys) -> ModelConfig:
+    """Mixtral: Mistral with 8 experts, 2 for each token (arXiv 2401.04088)."""
     mixer = spec(Attention, **heads(c, window=c("sliding_window", None)), **rotary(c, head_width(c), theta=1e6))
     ffn = routed(c, gated(c), c("num_local_experts"), router=spec(TopKRouter, scoring="softmax_of_top_k"))
     return assemble(c, c("num_hidden_layers") * (Layer(mixer, ffn),), norm=spec(RMSNorm, eps=c("rms_norm_eps", 1e-5)))
@@ -61,6 +62,7 @@ def mixtral(c: Keys) -> ModelConfig:
 
 @family("qwen3_moe", table=LLAMA | QK_NORMS | EXPERTS, buffers=BUFFERS)
 def qwen3_moe(c: Keys) -> ModelConfig:
+    """Qwen3's mixtures, some layers dense (arXiv 2505.09388)."""
     c.ignore("max_window_layers", "layer_types")  # a window is every layer's here
     qk_norm = spec(RMSNorm, eps=c("rms_norm_eps", 1e-6))
     mixer = spec(
@@ -78,6 +80,7 @@ def qwen3_moe(c: Keys) -> ModelConfig:
 
 @family("olmoe", table=LLAMA | QK_NORMS | EXPERTS, buffers=BUFFERS)
 def olmoe(c: Keys) -> ModelConfig:
+    """OLMoE: 64 narrow experts, norms on whole queries and keys (arXiv 2409.02060)."""
     eps = c("rms_norm_eps", 1e-5)
     mixer = spec(
         Attention, **heads(c, bias=c("attention_bias", False), clip_qkv=c("clip_qkv", None)),
@@ -130,6 +133,7 @@ def deepseek(c: Keys, mixer: Spec, router: Spec) -> ModelConfig:
 
 @family("deepseek_v2", table=DEEPSEEK, buffers=BUFFERS)
 def deepseek_v2(c: Keys) -> ModelConfig:
+    """DeepSeek-V2: latent attention, routed experts beside shared ones (arXiv 2405.04434)."""
     c.only("scoring_func", "softmax")
     c.presume("n_shared_experts", 2)
     c.ignore("norm_topk_prob")  # transformers' model doesn't read it, and the published values have it off
@@ -147,6 +151,7 @@ V3_DEFAULTS = {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "n_s
 
 @family("deepseek_v3", table=DEEPSEEK | BIASED, buffers=(*BUFFERS, r"^model\.layers\.61\."))
 def deepseek_v3(c: Keys) -> ModelConfig:
+    """DeepSeek-V3: V2 with sigmoid scores and a balancing bias (arXiv 2412.19437)."""
     c.only("scoring_func", "sigmoid")
     c.only("topk_method", "noaux_tc")
     c.only("mlp_bias", False)
@@ -177,6 +182,7 @@ GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_sl
 
 @family("gpt_oss", table=GPT_OSS, buffers=BUFFERS)
 def gpt_oss(c: Keys) -> ModelConfig:
+    """gpt-oss: sinks, windows in every other layer, clamped experts (arXiv 2508.10925)."""
     c.only("hidden_act", "silu")
     c.ignore("initial_context_length")
     c.presume("max_position_embeddings", 131072)

@@ -106,6 +106,7 @@ def qwen_windows(c: Keys) -> list[int | None]:
 
 @family("llama", table=LLAMA, buffers=BUFFERS)
 def llama(c: Keys) -> ModelConfig:
+    """Llama 1 to 3.2, and what is built alike (arXiv 2302.13971, 2307.09288, 2407.21783)."""
     bias = c("attention_bias", False)
     mixer = spec(Attention, **heads(c, bias=bias, **rotary(c, head_width(c))))
     return assemble(c, c("num_hidden_layers") * (Layer(mixer, gated(c)),))
@@ -113,18 +114,21 @@ def llama(c: Keys) -> ModelConfig:
 
 @family("mistral", table=LLAMA, buffers=BUFFERS)
 def mistral(c: Keys) -> ModelConfig:
+    """Mistral: Llama with a window (arXiv 2310.06825)."""
     mixer = spec(Attention, **heads(c, window=c.nullable("sliding_window", 4096), **rotary(c, head_width(c))))
     return assemble(c, c("num_hidden_layers") * (Layer(mixer, gated(c)),))
 
 
 @family("qwen2", table=LLAMA, buffers=BUFFERS)
 def qwen2(c: Keys) -> ModelConfig:
+    """Qwen2: Llama with biases on q, k and v, and windows in some layers (arXiv 2407.10671)."""
     mixer = spec(Attention, **heads(c, bias=("q_proj", "k_proj", "v_proj"), **rotary(c, head_width(c))))
     return assemble(c, [Layer(mixer.replace(window=w), gated(c)) for w in qwen_windows(c)])
 
 
 @family("qwen3", table=LLAMA | QK_NORMS, buffers=BUFFERS)
 def qwen3(c: Keys) -> ModelConfig:
+    """Qwen3: norms on each head's queries and keys in place of biases (arXiv 2505.09388)."""
     c.presume("head_dim", 128)
     mixer = spec(
         Attention,
@@ -158,6 +162,7 @@ def gemma(c: Keys, layers, cap: float | None) -> ModelConfig:
 
 @family("gemma2", table=SANDWICH, buffers=BUFFERS)
 def gemma2(c: Keys) -> ModelConfig:
+    """Gemma 2: capped scores, windows in turn, norms around each part (arXiv 2408.00118)."""
     c.ignore("hidden_act")
     alternating = ["sliding_attention", "full_attention"] * c("num_hidden_layers")
     c.presume("layer_types", alternating[: c("num_hidden_layers")])
@@ -170,6 +175,7 @@ def gemma2(c: Keys) -> ModelConfig:
 
 @family("gemma3_text", table=SANDWICH | QK_NORMS, buffers=BUFFERS)
 def gemma3(c: Keys) -> ModelConfig:
+    """Gemma 3, the text model: five windows to each full layer (arXiv 2503.19786)."""
     c.ignore("hidden_act", "_sliding_window_pattern")
     c.only("attn_logit_softcapping", None)
     c.presume("head_dim", 256)
@@ -189,6 +195,7 @@ def gemma3(c: Keys) -> ModelConfig:
 
 @family("olmo2", table=OLMO2, buffers=BUFFERS)
 def olmo2(c: Keys) -> ModelConfig:
+    """OLMo 2: norms after each part, and on whole queries and keys (arXiv 2501.00656)."""
     eps = c("rms_norm_eps", 1e-5)
     mixer = spec(
         Attention, **heads(c, bias=c("attention_bias", False), **rotary(c, head_width(c))),
@@ -200,6 +207,7 @@ def olmo2(c: Keys) -> ModelConfig:
 
 @family("granite", table=LLAMA, buffers=BUFFERS)
 def granite(c: Keys) -> ModelConfig:
+    """Granite 3: Llama with four multipliers (https://huggingface.co/ibm-granite)."""
     mixer = spec(
         Attention,
         **heads(c, bias=c("attention_bias", False), scale=c("attention_multiplier", 1.0), **rotary(c, head_width(c))),

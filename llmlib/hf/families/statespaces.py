@@ -83,12 +83,14 @@ def mamba_1(c: Keys, **more) -> Spec:
 
 @family("mamba", table=BACKBONE, prefix="backbone.")
 def mamba(c: Keys) -> ModelConfig:
+    """Mamba (arXiv 2312.00752)."""
     c.ignore("expand", "fused_add_norm", "rms_norm", "ssm_cfg", "pad_vocab_size_multiple")
     return around(c, mamba_1(c), c("layer_norm_epsilon", 1e-5))
 
 
 @family("falcon_mamba", table=BACKBONE, prefix="backbone.")
 def falcon_mamba(c: Keys) -> ModelConfig:
+    """Falcon-Mamba: Mamba with norms on B, C and dt (arXiv 2410.05355)."""
     c.ignore("expand")
     inner = spec(RMSNorm, eps=c("mixer_rms_eps", 1e-6), weight=False)
     return around(c, mamba_1(c, inner_norm=inner), c("layer_norm_epsilon", 1e-5))
@@ -96,6 +98,7 @@ def falcon_mamba(c: Keys) -> ModelConfig:
 
 @family("mamba2", table=BACKBONE, prefix="backbone.")
 def mamba2(c: Keys) -> ModelConfig:
+    """Mamba-2 (arXiv 2405.21060)."""
     steps(c)
     c.only("hidden_act", "silu", "swish")
     c.only("norm_before_gate", False, True)  # neither transformers nor the published models read it
@@ -133,6 +136,7 @@ JAMBA = HYBRID | {
 
 @family("jamba", table=JAMBA, buffers=BUFFERS)
 def jamba(c: Keys) -> ModelConfig:
+    """Jamba: Mamba, some attention without positions, some experts (arXiv 2403.19887)."""
     steps(c)
     c.only("hidden_act", "silu", "swish")  # the reference gives it to the scan too
     c.only("mamba_inner_layernorms", True)
@@ -170,6 +174,7 @@ def mamba_2(c: Keys, eps: float) -> Spec:
 
 @family("bamba", table=HYBRID, buffers=BUFFERS)
 def bamba(c: Keys) -> ModelConfig:
+    """Bamba: Mamba-2, some attention (https://huggingface.co/ibm-fms/Bamba-9B)."""
     steps(c)
     c.only("hidden_act", "silu", "swish")  # the reference gives it to the scan too
     c.only("partial_rotary_factor", 0.5)
@@ -242,6 +247,7 @@ GRANITE = ENDS | ATTENTION | PRE_NORMS | scan_rows(FILE + "mamba") | {
 
 @family("granitemoehybrid", table=GRANITE, buffers=BUFFERS)
 def granite_hybrid(c: Keys) -> ModelConfig:
+    """Granite 4: Mamba-2 or attention, dense or experts (https://huggingface.co/ibm-granite)."""
     steps(c)
     c.only("hidden_act", "silu", "swish")
     c.ignore(
@@ -292,6 +298,7 @@ KINDS = {
 
 @family("nemotron_h", table=NEMOTRON, prefix="backbone.")
 def nemotron_h(c: Keys) -> ModelConfig:
+    """Nemotron-H: each layer one part, in any order (arXiv 2504.03624)."""
     steps(c)
     c.ignore("mamba_ssm_cache_dtype", "moe_shared_expert_overlap", "mtp_layers_block_type", "sliding_window",
              "mtp_hybrid_override_pattern", "num_nextn_predict_layers", "norm_eps", "attention_head_dim", "expand",
@@ -375,6 +382,7 @@ def zamba_rows(config: ModelConfig, i: int) -> dict[str, str]:
 
 @family("zamba2", table=ZAMBA, choose=zamba_rows, buffers=BUFFERS)
 def zamba2(c: Keys) -> ModelConfig:
+    """Zamba2: Mamba-2, and blocks whose weights several layers share (arXiv 2411.15242)."""
     steps(c)
     c.only("add_bias_linear", False)
     c.only("use_long_context", False)
