@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llmlib.attention import Attention, CrossAttention
+from llmlib.attention import MLA, NSA, Attention, CrossAttention, MoBA
 from llmlib.context import Context
 from llmlib.errors import ConfigError
 from llmlib.ffn import MLP, SwiGLU
 from llmlib.model import Block, CausalLM, Classifier, EncoderDecoder, Layer, ModelConfig, spec
 from llmlib.norm import LayerNorm, RMSNorm
 from llmlib.position import LearnedPosition
+from llmlib.ssm import Mamba2
 
 ATTENTION = spec(Attention, num_heads=4, rope_theta=10000.0)
 FFN = spec(SwiGLU, d_ff=48)
@@ -382,3 +383,20 @@ def test_compiles_without_a_graph_break():
     """In a process of its own: torch.compile can't look through the checks of annotations that conftest installs."""
     code = "from test_model import compile_and_compare; compile_and_compare()"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+
+
+MIXERS = {
+    "attention": ATTENTION,
+    "ring": spec(Attention, num_heads=4, num_kv_heads=2, window=3),
+    "MLA": spec(MLA, num_heads=4, kv_latent_dim=8, d_rope=4, head_dim=8),
+    "MoBA": spec(MoBA, num_heads=4, block_size=4, top_k=2),
+    "NSA": spec(
+        NSA, num_heads=4, compress_block=4, compress_stride=2, select_block=4, num_selected=3, window=8
+    ),
+    "Mamba-2": spec(Mamba2, head_dim=8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+def test_a_batch_of_no_texts_has_no_logits(mixer):
+    assert CausalLM(small((Layer(mixer, FFN),)))(torch.zeros(0, 5, dtype=torch.long)).shape == (0, 5, 61)

@@ -159,7 +159,7 @@ class Attention(nn.Module):
             y = norm(y)
         if self.clip_qkv is not None:
             y = y.clamp(-self.clip_qkv, self.clip_qkv)
-        y = y.view(*x.shape[:2], heads, -1)
+        y = y.unflatten(-1, (heads, -1))
         if norm is not None and self.qk_norm_over != "width" and not self.qk_norm_after_rope:
             y = norm(y)
         return y.transpose(1, 2)

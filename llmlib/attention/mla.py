@@ -114,7 +114,7 @@ class MLA(nn.Module):
     def _queries_latents(self, x: Tensor, source: Tensor, start: int, state: dict | None, context: Context):
         """q (b h t head_dim + d_rope) and what the cache holds, [c; k_rope] (b 1 s l + d_rope), both turned."""
         q = self.q_proj(source) if self.q_latent_dim is None else self.q_b_proj(source)
-        q = q.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         latent, k_rope = self.kv_a_proj(x)[:, None].split([self.kv_latent_dim, self.d_rope], -1)
         latent = self.kv_a_norm(latent)
         if self.rope is not None and self.rope.grows:

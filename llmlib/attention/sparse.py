@@ -275,9 +275,10 @@ class NSA(nn.Module):
         b, t, _ = x.shape
         start, padding = tokens_seen(state), padding_before(context, "NSA")
         length, index = start + t, None
-        q = self.q_proj(x).view(b, t, self.num_heads, -1).transpose(1, 2)
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         (k_cmp, k_sel, k_win), (v_cmp, v_sel, v_win) = (
-            proj(x).view(b, t, 3, self.num_kv_heads, -1).permute(2, 0, 3, 1, 4) for proj in (self.k_proj, self.v_proj)
+            proj(x).unflatten(-1, (3, self.num_kv_heads, -1)).permute(2, 0, 3, 1, 4)
+            for proj in (self.k_proj, self.v_proj)
         )
         at = places_of_new(q, start, context)
         if self.rope is not None:
@@ -301,7 +302,7 @@ class NSA(nn.Module):
             q, k_win, v_win, causal=t > 1, window=self.window if t > 1 else None,
             mask=context_mask(context, index, start, t, k_win.shape[2]),
         )  # fmt: skip
-        gates = torch.sigmoid(self.gate_proj(x)).view(b, t, 3, self.num_heads).permute(2, 0, 3, 1)
+        gates = torch.sigmoid(self.gate_proj(x)).unflatten(-1, (3, self.num_heads)).permute(2, 0, 3, 1)
         y = sum(gate[..., None] * y for gate, y in zip(gates, (y_cmp, y_sel, y_win), strict=True))
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
