@@ -283,16 +283,17 @@ class Block(nn.Module):
             u, *kept = self._read(x, self.mixer_residual)
             h = self.mixer_norm(u)
             g = h if self.ffn_norm is None else self.ffn_norm(u)
-            return self._add(self.mixer(h, state, context) + self.ffn(g, *self._company(context)), *kept)
+            mixed = self.mixer(h, state, context)
+            return self._add(mixed + self.ffn(g, *self._ffn_context(context)), *kept)
         if self.mixer is not None:
             x = self._sublayer("mixer", x, state, context)
         if self.cross is not None:
             x = self._sublayer("cross", x, None if state is None else state.setdefault("cross", {}), context)
         if self.ffn is not None:
-            x = self._sublayer("ffn", x, *self._company(context))
+            x = self._sublayer("ffn", x, *self._ffn_context(context))
         return x
 
-    def _company(self, context: Context | None) -> tuple:
+    def _ffn_context(self, context: Context | None) -> tuple:
         """What the feed-forward is told besides x: each token is alone to it, but a mixture leaves padding out."""
         return (context,) if getattr(self.ffn, "takes_context", False) else ()
 

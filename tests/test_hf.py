@@ -486,7 +486,6 @@ def test_a_fused_matrix_of_the_wrong_shape_is_named(checkpoints, tmp_path):
         ("llama", {"new_trick": 3}, UnsupportedArchitectureError, "doesn't understand new_trick = 3"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedArchitectureError,
          r"quantization_config says that the weights are quantised \(fp8\).*look for an unquantised copy"),
-        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, UnsupportedArchitectureError, "mxfp4"),
         ("llama", {"text_config": {"model_type": "llama"}}, UnsupportedArchitectureError, "understand text_config"),
         ("llama", {"rms_norm_eps": float("nan")}, CheckpointError, "rms_norm_eps is nan, and must be a number"),
         ("llama", {"rms_norm_eps": True}, CheckpointError, "rms_norm_eps is True, and must be a number"),

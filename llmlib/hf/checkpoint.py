@@ -79,10 +79,13 @@ class Checkpoint:
         """The shape of a tensor, without reading it."""
         return tuple(self._slice(name).get_shape())
 
+    def kind(self, name: str) -> str:
+        """The type that a tensor is stored in, in the format's own words: F32, F8_E4M3, …"""
+        return self._slice(name).get_dtype()
+
     def require_floats(self, name: str) -> None:
         """CheckpointError when a tensor isn't plain floating point (quantised weights, say)."""
-        kind = self._slice(name).get_dtype()
-        if kind not in _FLOATS:
+        if (kind := self.kind(name)) not in _FLOATS:
             raise CheckpointError(
                 f"{self.files[name]}: {name!r} is stored as {kind}, and llmlib reads only "
                 f"{', '.join(sorted(_FLOATS))}: use the unquantised checkpoint"
@@ -108,9 +111,13 @@ class Checkpoint:
         step = max(1, _BLOCK_BYTES * length // max(1, _bytes(self._slice(name))))
         for start in range(0, length, step):
             rows = slice(start, start + step)
-            block = self._slice(name)[rows]
-            self._read += block.numel() * block.element_size()
-            yield rows, block
+            yield rows, self.rows(name, rows)
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a tensor, as they are stored."""
+        block = self._slice(name)[rows]
+        self._read += block.numel() * block.element_size()
+        return block
 
 
 def _bytes(part) -> int:

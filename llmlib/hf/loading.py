@@ -14,6 +14,7 @@ from llmlib.errors import CheckpointError, ConfigError, UnsupportedArchitectureE
 from llmlib.hf.checkpoint import Checkpoint, read_json
 from llmlib.hf.hub import DESCRIPTION, fetch, fetch_weights
 from llmlib.hf.keys import Keys
+from llmlib.hf.quantised import Quantised, dequantised, reader_of
 from llmlib.hf.tables import fill, place
 from llmlib.model import CausalLM, ModelConfig
 
@@ -56,7 +57,8 @@ def load(path_or_id: str | Path, device=None, dtype: torch.dtype = torch.float32
     path_or_id  a folder with config.json and safetensors, or owner/name on the Hugging Face hub, if need be with
                 @revision; what was fetched once is read from the hub's cache, without a network too
     device      where to put it (the CPU by default); dtype  what to compute in, whatever the file stores
-    Weights are read block by block straight into place, so memory never holds much more than the model.
+    Weights are read block by block straight into place, so memory never holds much more than the model. Those that are
+    stored in 4 or 8 bits (gpt-oss's MXFP4, DeepSeek-V3's FP8) become what they stand for, in that dtype.
     Raises CheckpointError (a file, tensor or key is missing, surplus, broken or of the wrong shape) and
     UnsupportedArchitectureError (an unknown model_type, or a key that would change the result and isn't understood);
     ConfigError for a dtype that isn't floating point of 16 bits or more.
@@ -64,8 +66,9 @@ def load(path_or_id: str | Path, device=None, dtype: torch.dtype = torch.float32
     require(dtype in DTYPES, f"dtype is {dtype!r}, and must be {' or '.join(map(str, DTYPES))}")
     folder = find(path_or_id)
     config, chosen = read_config(folder)
-    source = Checkpoint(folder)
-    with _blamed_on(folder / "config.json"), torch.device("meta"):
+    file = folder / "config.json"
+    source = dequantised(read_json(file), file, Checkpoint(folder))
+    with _blamed_on(file), torch.device("meta"):
         model = CausalLM(config)
     model = model.to(dtype).to_empty(device=device or "cpu")
     fill_model(model, chosen, source)
@@ -99,7 +102,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, Family]:
     """The config of a checkpoint's folder, and the family that reads it.
 
     Raises what `load` does for a config.json that can't be read, and for weights that aren't the whole model as they
-    stand: quantised ones, and those that an adapter changes.
+    stand: those that an adapter changes, and quantised ones of a format that `quantised` doesn't read.
     """
     import llmlib.hf.families  # noqa: F401  (registers them)
 
@@ -115,21 +118,13 @@ def read_config(folder: Path) -> tuple[ModelConfig, Family]:
         raise UnsupportedArchitectureError(
             f"{file}: model_type is {kind!r}; llmlib reads {', '.join(sorted(FAMILIES))}"
         )
-    _require_unquantised(data, file)
+    reader_of(data, file)
     keys = Keys(data, file)
+    keys.ignore("quantization_config")  # known by now
     with _blamed_on(file):
         config = FAMILIES[kind].read(keys)
     keys.finish()
     return config, FAMILIES[kind]
-
-
-def _require_unquantised(data: dict, file: Path) -> None:
-    if quantised := data.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise UnsupportedArchitectureError(
-            f"{file}: quantization_config says that the weights are quantised ({method}), and llmlib reads only plain "
-            f"ones: look for an unquantised copy of the model, in bfloat16 say"
-        )
 
 
 @contextlib.contextmanager
@@ -146,7 +141,7 @@ def _blamed_on(file: Path) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fill_model(model: CausalLM, chosen: Family, source: Checkpoint) -> None:
+def fill_model(model: CausalLM, chosen: Family, source: Checkpoint | Quantised) -> None:
     """Copy every weight into place; every parameter and buffer must be filled, and every stored tensor used."""
     source = _Prefixed(source, chosen.prefix)
     used: set[str] = set()
@@ -194,7 +189,7 @@ def _equal(weight: Tensor, name: str, source) -> bool:
 class _Prefixed:
     """A checkpoint seen under the names of the table, whether it was saved with the family's prefix or without."""
 
-    source: Checkpoint
+    source: Checkpoint | Quantised
     prefix: str
     bare: bool = field(init=False)
 
