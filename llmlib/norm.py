@@ -225,7 +225,7 @@ def deepnorm(num_layers: int, *, encoder_layers: int = 0) -> tuple[float, float]
 
     The residual is norm(α x + f(x)), and the initial weights of the feed-forward, values and output are scaled by β.
     With `encoder_layers` > 0 they are those of a decoder over an encoder: α = (3N)^¼, β = (12N)^−¼.
-    Wang et al., "DeepNet: Scaling Transformers to 1,000 Layers", arXiv:2203.00555, table 2 (see `deepnorm_encoder`).
+    Wang et al., "DeepNet: Scaling Transformers to 1,000 Layers", arXiv:2203.00555, figure 2 (see `deepnorm_encoder`).
     """
     require_counts(num_layers=num_layers)
     require_counts(0, encoder_layers=encoder_layers)
@@ -236,7 +236,7 @@ def deepnorm(num_layers: int, *, encoder_layers: int = 0) -> tuple[float, float]
 def deepnorm_encoder(encoder_layers: int, decoder_layers: int) -> tuple[float, float]:
     """DeepNorm's (α, β) for the encoder under a decoder: α = 0.81 (N⁴M)^(1/16), β = 0.87 (N⁴M)^(−1/16).
 
-    arXiv:2203.00555, table 2. ConfigError for fewer layers than 1.
+    arXiv:2203.00555, figure 2. ConfigError for fewer layers than 1.
     """
     require_counts(encoder_layers=encoder_layers, decoder_layers=decoder_layers)
     size = (encoder_layers**4 * decoder_layers) ** (1 / 16)

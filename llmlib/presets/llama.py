@@ -67,6 +67,6 @@ for _size, _shape in _SIZES_3.items():
     publish(f"llama-3.1-{_size}", "llama", _size.upper(), 2024, LLAMA_3, lambda s=_shape: llama3(*s, factor=8.0))
 for _size, _shape in {"1b": (2048, 16, 32, 8192, 8), "3b": (3072, 28, 24, 8192, 8)}.items():
     publish(
-        f"llama-3.2-{_size}", "llama", _size.upper(), 2024, "https://huggingface.co/meta-llama/Llama-3.2-1B",
+        f"llama-3.2-{_size}", "llama", _size.upper(), 2024, f"https://huggingface.co/meta-llama/Llama-3.2-{_size.upper()}",
         lambda s=_shape: llama3(*s, factor=32.0, tie_embeddings=True),
     )  # fmt: skip

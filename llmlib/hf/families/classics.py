@@ -161,7 +161,7 @@ PHI = {
 
 @family("phi", table=PHI, buffers=(r"inv_freq$",))
 def phi(c: Keys) -> ModelConfig:
-    """Phi-1, 1.5 and 2: a parallel block with one norm (arXiv 2309.05463)."""
+    """Phi-1, 1.5 (arXiv 2309.05463) and 2: a parallel block with one norm."""
     c.only("tie_word_embeddings", False)
     d_model, num_heads = c("hidden_size"), c("num_attention_heads")
     norm_spec = spec(LayerNorm, eps=c("layer_norm_eps", 1e-5))
