@@ -170,6 +170,14 @@ BROKEN = {
         "in_four_bits", lambda t: t.update({f"{GATE_UP}_blocks": t[f"{GATE_UP}_blocks"].float()}),
         "_blocks' is stored as F32, and beside '.*_scales' must be U8",
     ),
+    "floats for exponents": (
+        "in_four_bits", lambda t: t.update({f"{GATE_UP}_scales": t[f"{GATE_UP}_scales"].float()}),
+        "_scales' is stored as F32, and beside '.*_blocks' must be U8",
+    ),
+    "exponents for scales": (
+        "in_eight_bits", lambda t: t.update({f"{Q}_scale_inv": t[f"{Q}_scale_inv"].byte()}),
+        "_scale_inv' is stored as U8, and beside '.*q_b_proj.weight' must be F32 or BF16",
+    ),
     "no scale": ("in_eight_bits", lambda t: t.pop(f"{Q}_scale_inv"), "q_b_proj.weight' is stored as F8_E4M3"),
     "plain with a scale": (
         "in_eight_bits", lambda t: t.update({Q: t[Q].float()}), "is stored as F32, and beside .* must be F8_E4M3"

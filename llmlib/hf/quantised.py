@@ -44,12 +44,12 @@ class Quantised:
     """A `Checkpoint` in which codes and their scales are one tensor, under the plain name. Its formats are below.
 
     codes, scales  how the names of the stored parts end, where the plain name ends with neither
-    kind           the type of the codes in the file
+    kinds          the types in the file that the codes may have, and those that the scales may have
     """
 
     codes: str
     scales: str
-    kind: str
+    kinds: tuple[tuple[str, ...], tuple[str, ...]]
 
     def __init__(self, source: Checkpoint):
         self.source, self.listing = source, source.listing
@@ -66,9 +66,13 @@ class Quantised:
         for one, other in ((codes, scales), (scales, codes)):
             if one not in self.source:
                 raise CheckpointError(f"{self.listing} holds {other!r} without {one!r}: download the checkpoint again")
-        file, kind, shape = self.source.files[codes], self.source.kind(codes), self.source.shape(codes)
-        if kind != self.kind:
-            raise CheckpointError(f"{file}: {codes!r} is stored as {kind}, and beside {scales!r} must be {self.kind}")
+        for one, other, kinds in zip((codes, scales), (scales, codes), self.kinds, strict=True):
+            if (kind := self.source.kind(one)) not in kinds:
+                raise CheckpointError(
+                    f"{self.source.files[one]}: {one!r} is stored as {kind}, and beside {other!r} must be "
+                    f"{' or '.join(kinds)}"
+                )
+        shape = self.source.shape(codes)
         found, wanted = self.source.shape(scales), self.scales_shape(shape)
         if found != wanted:
             raise CheckpointError(
@@ -144,7 +148,7 @@ class Quantised:
 class MXFP4(Quantised):
     """Experts' matrices of gpt-oss, (experts, outputs, groups, 16) bytes, as (experts, inputs, outputs)."""
 
-    codes, scales, kind = "_blocks", "_scales", "U8"
+    codes, scales, kinds = "_blocks", "_scales", (("U8",), ("U8",))
 
     def scales_shape(self, shape):
         return shape[:-1] if len(shape) == 4 and shape[-1] == 16 else None
@@ -160,7 +164,7 @@ class MXFP4(Quantised):
 class BlockFP8(Quantised):
     """Matrices of 8 bits (e4m3), with a scale for each block of `block` = (rows, columns)."""
 
-    codes, scales, kind = "", "_scale_inv", "F8_E4M3"
+    codes, scales, kinds = "", "_scale_inv", (("F8_E4M3",), ("F32", "BF16"))
 
     def __init__(self, source: Checkpoint, block: tuple[int, int]):
         self.block = block

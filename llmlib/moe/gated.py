@@ -142,8 +142,8 @@ _spare = WeakTensorKeyDictionary()  # weight: the memory of its last gradient, o
 def _gradient_of(weight: Float[Tensor, "E o i"], sizes: list[int]) -> Float[Tensor, "E o i"]:
     """Memory for a weight's gradient: zero for experts without rows, not yet written for the others.
 
-    A gradient is as large as its weight, and new memory comes from the system page by page, each cleared first: a
-    fifth of a training step. So a weight keeps the memory of its last gradient when that is dropped (`zero_grad`), as
+    A gradient is as large as its weight, and new memory comes from the system page by page, each cleared first:
+    much of a training step. So a weight keeps the memory of its last gradient when that is dropped (`zero_grad`), as
     long as the weight itself lives.
     """
     memory = _spare.pop(weight, None)
